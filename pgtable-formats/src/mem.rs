@@ -1,0 +1,48 @@
+//! The memory that tables live in, as the formats and the walker see it.
+
+use crate::Gpa;
+
+/// The address is not in the guest's memory (or not in the part that may hold tables).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("not in guest memory")]
+pub struct NotMemory;
+
+/// Guest memory that holds tables: one 64-bit load, one compare-exchange.
+///
+/// Implementors translate the guest-physical address through stage 2 and never read an entry twice for one
+/// call: a guest may change its tables while they are walked.
+pub trait TableMem {
+    /// Loads the 64-bit little-endian word at `at`, which is a multiple of 8, in one access.
+    ///
+    /// # Errors
+    /// [`NotMemory`] where no guest memory is behind `at`.
+    fn load(&self, at: Gpa) -> Result<u64, NotMemory>;
+
+    /// Replaces the word at `at` (a multiple of 8) by `new` if it is still `current`. `Ok(Err(seen))` gives the
+    /// word found instead.
+    ///
+    /// # Errors
+    /// [`NotMemory`] where no writable guest memory is behind `at`.
+    fn compare_exchange(&self, at: Gpa, current: u64, new: u64) -> Result<Result<u64, u64>, NotMemory>;
+}
+
+impl<M: TableMem + ?Sized> TableMem for &M {
+    #[inline]
+    fn load(&self, at: Gpa) -> Result<u64, NotMemory> {
+        (**self).load(at)
+    }
+
+    #[inline]
+    fn compare_exchange(&self, at: Gpa, current: u64, new: u64) -> Result<Result<u64, u64>, NotMemory> {
+        (**self).compare_exchange(at, current, new)
+    }
+}
+
+/// Where a builder gets the pages of its tables.
+pub trait TableAlloc {
+    /// A zeroed table of `1 << size_lg2` bytes, aligned to its size; `None` when there is none left.
+    fn alloc(&mut self, size_lg2: u8) -> Option<Gpa>;
+
+    /// Takes back a table that `alloc` gave with the same size and that nothing refers to any more.
+    fn free(&mut self, table: Gpa, size_lg2: u8);
+}
