@@ -90,7 +90,10 @@ impl Config {
         Some(Self {
             page_size_mask,
             input_range: IovaRange::new(Iova(layout.input_start.get()), Iova(layout.input_end.get()))?,
-            domain_range: DomainRange::new(DomainId(layout.domain_start.get()), DomainId(layout.domain_end.get()))?,
+            domain_range: DomainRange::new(
+                DomainId(layout.domain_start.get()),
+                DomainId(layout.domain_end.get()),
+            )?,
             probe_size: layout.probe_size.get(),
             bypass: layout.bypass & 1 != 0,
         })

@@ -77,9 +77,9 @@ impl Invalidate {
             kind: KIND,
             flags: u64::from(layout.flags.get() & !Flags::all().bits()),
         })?;
-        let caches = Caches::from_bits(layout.caches).filter(|caches| !caches.is_empty()).ok_or(
-            DecodeError::BadSelector { kind: KIND, field: "caches", value: layout.caches.into() },
-        )?;
+        let caches = Caches::from_bits(layout.caches)
+            .filter(|caches| !caches.is_empty())
+            .ok_or(DecodeError::BadSelector { kind: KIND, field: "caches", value: layout.caches.into() })?;
         let pasid = || match flags.contains(Flags::PASID) {
             true => pasid(KIND, layout.pasid.get()).map(Some),
             false => Ok(None),

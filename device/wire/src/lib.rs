@@ -23,27 +23,30 @@
 #![forbid(unsafe_code)]
 
 mod config;
+mod error;
 mod event;
 mod feature;
 mod id;
 mod invalidate;
+mod kind;
 pub mod layout;
 pub mod numbers;
+mod page_response;
 mod probe;
 mod request;
 mod status;
 mod table;
 
 pub use config::{Config, DomainRange};
+pub use error::DecodeError;
 pub use event::{AccessFlags, Event, FaultEvent, FaultReason, PageRequest};
 pub use feature::Features;
 pub use id::{DomainId, EndpointId};
 pub use invalidate::{Caches, Invalidate, InvalidateScope};
+pub use kind::RequestType;
+pub use page_response::{PageResponse, PageResponseCode};
 pub use pgtable_formats::{Gpa, Iova, IovaRange, Pasid};
 pub use probe::{Properties, Property, PropertyError, ReservedKind, ReservedRegion, TableFormats};
-pub use request::{
-    Attach, AttachFlags, AttachTable, DecodeError, Detach, Encoded, Map, MapFlags, PageResponse, PageResponseCode,
-    Probe, Request, RequestType, Unmap,
-};
+pub use request::{Attach, AttachFlags, AttachTable, Detach, Encoded, Map, MapFlags, Probe, Request, Unmap};
 pub use status::{Status, Tail};
 pub use table::{ArmPageTable, TableDescriptor, VtdPageTable, VtdPasidTable};

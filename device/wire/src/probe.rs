@@ -6,7 +6,8 @@ use pgtable_formats::{Iova, IovaRange};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::layout::{
-    HwArmSmmu3Layout, HwIntelVtdLayout, PasidSizeLayout, PropertyHeadLayout, ReservedRegionLayout, TableFormatsLayout,
+    HwArmSmmu3Layout, HwIntelVtdLayout, PasidSizeLayout, PropertyHeadLayout, ReservedRegionLayout,
+    TableFormatsLayout,
 };
 use crate::numbers;
 
@@ -277,6 +278,9 @@ fn put<L: IntoBytes + Immutable>(area: &mut [u8], kind: u16, value: &L) -> Optio
 }
 
 /// The length comes from the property, not from its type: a longer value is a later version's.
-fn read<L: FromBytes + KnownLayout + Immutable + Unaligned>(kind: u16, value: &[u8]) -> Result<L, PropertyError> {
+fn read<L: FromBytes + KnownLayout + Immutable + Unaligned>(
+    kind: u16,
+    value: &[u8],
+) -> Result<L, PropertyError> {
     L::read_from_prefix(value).map(|(layout, _)| layout).map_err(|_| PropertyError::Short { kind })
 }

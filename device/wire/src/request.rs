@@ -6,10 +6,9 @@ use pgtable_formats::{Gpa, Iova, IovaRange, Pasid};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::layout::{
-    AttachLayout, AttachTableLayout, DetachLayout, HeadLayout, InvalidateLayout, MapLayout, PageResponseLayout,
-    ProbeLayout, UnmapLayout,
+    AttachLayout, AttachTableLayout, DetachLayout, HeadLayout, MapLayout, ProbeLayout, UnmapLayout,
 };
-use crate::{DomainId, EndpointId, Invalidate, Status, TableDescriptor, numbers};
+use crate::{DecodeError, DomainId, EndpointId, Invalidate, PageResponse, RequestType, TableDescriptor};
 
 /// One request, all its values legal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -136,199 +135,6 @@ pub struct AttachTable {
     pub table: TableDescriptor,
 }
 
-/// Answer all page requests of one group.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PageResponse {
-    /// The endpoint that asked.
-    pub endpoint: EndpointId,
-    /// The PASID that it asked for.
-    pub pasid: Option<Pasid>,
-    /// The group.
-    pub group_id: u16,
-    /// The answer.
-    pub code: PageResponseCode,
-}
-
-/// What a page response says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PageResponseCode {
-    /// The pages are there now: try again.
-    Success,
-    /// The access is not allowed.
-    Invalid,
-    /// The fault could not be handled, nor will later ones be.
-    Failure,
-}
-
-/// The kinds of request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum RequestType {
-    /// [`Attach`].
-    Attach,
-    /// [`Detach`].
-    Detach,
-    /// [`Map`].
-    Map,
-    /// [`Unmap`].
-    Unmap,
-    /// [`Probe`].
-    Probe,
-    /// [`AttachTable`].
-    AttachTable,
-    /// [`Invalidate`].
-    Invalidate,
-    /// [`PageResponse`].
-    PageResponse,
-}
-
-impl RequestType {
-    /// Every kind.
-    pub const ALL: [Self; 8] = [
-        Self::Attach,
-        Self::Detach,
-        Self::Map,
-        Self::Unmap,
-        Self::Probe,
-        Self::AttachTable,
-        Self::Invalidate,
-        Self::PageResponse,
-    ];
-
-    /// The kind with this number; `None` where there is none.
-    #[inline]
-    pub const fn from_number(number: u8) -> Option<Self> {
-        Some(match number {
-            numbers::T_ATTACH => Self::Attach,
-            numbers::T_DETACH => Self::Detach,
-            numbers::T_MAP => Self::Map,
-            numbers::T_UNMAP => Self::Unmap,
-            numbers::T_PROBE => Self::Probe,
-            numbers::T_ATTACH_TABLE => Self::AttachTable,
-            numbers::T_INVALIDATE => Self::Invalidate,
-            numbers::T_PAGE_RESP => Self::PageResponse,
-            _ => return None,
-        })
-    }
-
-    /// The number on the wire.
-    pub const fn number(self) -> u8 {
-        match self {
-            Self::Attach => numbers::T_ATTACH,
-            Self::Detach => numbers::T_DETACH,
-            Self::Map => numbers::T_MAP,
-            Self::Unmap => numbers::T_UNMAP,
-            Self::Probe => numbers::T_PROBE,
-            Self::AttachTable => numbers::T_ATTACH_TABLE,
-            Self::Invalidate => numbers::T_INVALIDATE,
-            Self::PageResponse => numbers::T_PAGE_RESP,
-        }
-    }
-
-    /// The specification's name.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Attach => "ATTACH",
-            Self::Detach => "DETACH",
-            Self::Map => "MAP",
-            Self::Unmap => "UNMAP",
-            Self::Probe => "PROBE",
-            Self::AttachTable => "ATTACH_TABLE",
-            Self::Invalidate => "INVALIDATE",
-            Self::PageResponse => "PAGE_RESP",
-        }
-    }
-
-    /// Length in bytes of the device-readable part.
-    pub const fn readable_len(self) -> usize {
-        match self {
-            Self::Attach => size_of::<AttachLayout>(),
-            Self::Detach => size_of::<DetachLayout>(),
-            Self::Map => size_of::<MapLayout>(),
-            Self::Unmap => size_of::<UnmapLayout>(),
-            Self::Probe => size_of::<ProbeLayout>(),
-            Self::AttachTable => size_of::<AttachTableLayout>(),
-            Self::Invalidate => size_of::<InvalidateLayout>(),
-            Self::PageResponse => size_of::<PageResponseLayout>(),
-        }
-    }
-}
-
-/// Why bytes are not a request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum DecodeError {
-    /// There is not even a head.
-    #[error("request of {length} bytes has no head")]
-    NoHead {
-        /// Length in bytes of the device-readable part.
-        length: usize,
-    },
-    /// The type is not known (D-10).
-    #[error("unknown request type {kind}")]
-    UnknownType {
-        /// The number found.
-        kind: u8,
-    },
-    /// The device-readable part ends too early.
-    #[error("{} of {length} bytes is too short", kind.name())]
-    Short {
-        /// The kind of request.
-        kind: RequestType,
-        /// Length in bytes of the device-readable part.
-        length: usize,
-    },
-    /// Reserved bytes that must be zero are not (D-17 and the like).
-    #[error("{}: reserved bytes are not zero", kind.name())]
-    Reserved {
-        /// The kind of request.
-        kind: RequestType,
-    },
-    /// Flags that the specification does not define (D-18, D-32).
-    #[error("{}: unknown flags {flags:#x}", kind.name())]
-    UnknownFlags {
-        /// The kind of request.
-        kind: RequestType,
-        /// The undefined bits.
-        flags: u64,
-    },
-    /// A field that selects has a value without meaning.
-    #[error("{}: {field} has no meaning {value:#x}", kind.name())]
-    BadSelector {
-        /// The kind of request.
-        kind: RequestType,
-        /// The field's name in the specification.
-        field: &'static str,
-        /// The value found.
-        value: u64,
-    },
-    /// INVALIDATE names no pages, pages of no size, or a range that leaves the 64-bit space.
-    #[error("INVALIDATE: no such address range")]
-    BadAddressRange,
-    /// A PASID needs more than 20 bits.
-    #[error("{}: PASID {pasid:#x} is wider than 20 bits", kind.name())]
-    WidePasid {
-        /// The kind of request.
-        kind: RequestType,
-        /// The value found.
-        pasid: u32,
-    },
-}
-
-impl DecodeError {
-    /// The status that the guest gets; `None` where the request is returned unwritten (D-10, D-11).
-    pub const fn status(&self) -> Option<Status> {
-        match self {
-            Self::NoHead { .. } | Self::UnknownType { .. } => None,
-            Self::WidePasid { kind: RequestType::AttachTable, .. } => Some(Status::Unsupp),
-            Self::Short { .. }
-            | Self::Reserved { .. }
-            | Self::UnknownFlags { .. }
-            | Self::BadSelector { .. }
-            | Self::BadAddressRange
-            | Self::WidePasid { .. } => Some(Status::Inval),
-        }
-    }
-}
-
 impl Request {
     /// Longest device-readable part of any request, in bytes.
     pub const MAX_READABLE_LEN: usize = size_of::<AttachTableLayout>();
@@ -349,9 +155,13 @@ impl Request {
                 let layout: ProbeLayout = layout(kind, bytes)?;
                 Ok(Self::Probe(Probe { endpoint: EndpointId(layout.endpoint.get()) }))
             }
-            RequestType::AttachTable => AttachTable::from_layout(&layout(kind, bytes)?).map(Self::AttachTable),
+            RequestType::AttachTable => {
+                AttachTable::from_layout(&layout(kind, bytes)?).map(Self::AttachTable)
+            }
             RequestType::Invalidate => Invalidate::from_layout(&layout(kind, bytes)?).map(Self::Invalidate),
-            RequestType::PageResponse => PageResponse::from_layout(&layout(kind, bytes)?).map(Self::PageResponse),
+            RequestType::PageResponse => {
+                PageResponse::from_layout(&layout(kind, bytes)?).map(Self::PageResponse)
+            }
         }
     }
 
@@ -428,15 +238,7 @@ impl Request {
                 })
             }
             Self::Invalidate(invalidate) => Encoded::new(&invalidate.layout(head)),
-            Self::PageResponse(response) => Encoded::new(&PageResponseLayout {
-                head,
-                endpoint: response.endpoint.0.into(),
-                flags: u32::from(response.pasid.is_some()).into(),
-                pasid: response.pasid.map_or(0, Pasid::value).into(),
-                group_id: response.group_id.into(),
-                code: response.code.number().into(),
-                reserved: [0; 8],
-            }),
+            Self::PageResponse(response) => Encoded::new(&response.layout(head)),
         }
     }
 }
@@ -553,50 +355,6 @@ impl AttachTable {
             endpoint: EndpointId(layout.endpoint.get()),
             table: TableDescriptor::decode(layout.format, &layout.descriptor)?,
         })
-    }
-}
-
-impl PageResponse {
-    const PASID_VALID: u32 = 1;
-
-    fn from_layout(layout: &PageResponseLayout) -> Result<Self, DecodeError> {
-        let kind = RequestType::PageResponse;
-        if !zero(&layout.reserved) {
-            return Err(DecodeError::Reserved { kind });
-        }
-        let unknown = layout.flags.get() & !Self::PASID_VALID;
-        if unknown != 0 {
-            return Err(DecodeError::UnknownFlags { kind, flags: unknown.into() });
-        }
-        let pasid = match layout.flags.get() & Self::PASID_VALID {
-            0 => None,
-            _ => Some(pasid(kind, layout.pasid.get())?),
-        };
-        let code = PageResponseCode::from_number(layout.code.get()).ok_or(DecodeError::BadSelector {
-            kind,
-            field: "resp_code",
-            value: layout.code.get().into(),
-        })?;
-        Ok(Self { endpoint: EndpointId(layout.endpoint.get()), pasid, group_id: layout.group_id.get(), code })
-    }
-}
-
-impl PageResponseCode {
-    const fn from_number(number: u16) -> Option<Self> {
-        Some(match number {
-            0 => Self::Success,
-            1 => Self::Invalid,
-            2 => Self::Failure,
-            _ => return None,
-        })
-    }
-
-    const fn number(self) -> u16 {
-        match self {
-            Self::Success => 0,
-            Self::Invalid => 1,
-            Self::Failure => 2,
-        }
     }
 }
 

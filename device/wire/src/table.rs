@@ -4,7 +4,8 @@ use pgtable_formats::{Gpa, Pasid};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::layout::{
-    ArmPageTableLayout, AttachTableLayout, SmmuTableLayout, UnbindLayout, VtdPageTableLayout, VtdPasidTableLayout,
+    ArmPageTableLayout, AttachTableLayout, SmmuTableLayout, UnbindLayout, VtdPageTableLayout,
+    VtdPasidTableLayout,
 };
 use crate::request::{pasid, zero};
 use crate::{DecodeError, RequestType, numbers};

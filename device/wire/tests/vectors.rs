@@ -3,11 +3,14 @@
 //! Origin of each: computed by hand from the specification's listings (virtio 1.4, 5.13; the 2023 ATTACH_TABLE
 //! proposal; this project's private layouts), independently of the code under test.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops where it finds something wrong")]
+
 use viommu_wire::{
-    AccessFlags, ArmPageTable, Attach, AttachFlags, AttachTable, Caches, Config, Detach, DomainId, DomainRange,
-    EndpointId, Event, FaultEvent, FaultReason, Gpa, Invalidate, InvalidateScope, Iova, IovaRange, Map, MapFlags,
-    PageRequest, PageResponse, PageResponseCode, Pasid, Probe, Properties, Property, Request, ReservedKind,
-    ReservedRegion, Status, TableDescriptor, TableFormats, Tail, Unmap, VtdPageTable, VtdPasidTable,
+    AccessFlags, ArmPageTable, Attach, AttachFlags, AttachTable, Caches, Config, Detach, DomainId,
+    DomainRange, EndpointId, Event, FaultEvent, FaultReason, Gpa, Invalidate, InvalidateScope, Iova,
+    IovaRange, Map, MapFlags, PageRequest, PageResponse, PageResponseCode, Pasid, Probe, Properties,
+    Property, Request, ReservedKind, ReservedRegion, Status, TableDescriptor, TableFormats, Tail, Unmap,
+    VtdPageTable, VtdPasidTable,
 };
 
 /// Bytes from hex digits; blanks are for the reader.
@@ -104,7 +107,10 @@ fn attach_table_vtd_page_table() {
     let attach = AttachTable { domain: DomainId(3), endpoint: EndpointId(16), table };
     request(
         Request::AttachTable(attach),
-        &padded("06000000 03000000 10000000 02000000 0040234100000000 0100000000000000 30000000 05000000", 124),
+        &padded(
+            "06000000 03000000 10000000 02000000 0040234100000000 0100000000000000 30000000 05000000",
+            124,
+        ),
     );
 }
 
@@ -279,7 +285,11 @@ fn page_request() {
 #[test]
 fn tail() {
     assert_eq!(Tail { status: Status::Inval }.encode(), *hex("04000000"));
-    assert_eq!(Tail::decode(&hex("04ffffff")), Some(Tail { status: Status::Inval }), "R-5: reserved is ignored");
+    assert_eq!(
+        Tail::decode(&hex("04ffffff")),
+        Some(Tail { status: Status::Inval }),
+        "R-5: reserved is ignored"
+    );
     assert_eq!(Tail::decode(&hex("09000000")), None);
 }
 
@@ -292,7 +302,8 @@ fn config() {
         probe_size: 512,
         bypass: true,
     };
-    let bytes = hex("00f0ffffffffffff 0000000000000000 ffffffffffff0000 01000000 ffff0000 00020000 01 000000");
+    let bytes =
+        hex("00f0ffffffffffff 0000000000000000 ffffffffffff0000 01000000 ffff0000 00020000 01 000000");
     assert_eq!(config.encode().to_vec(), bytes);
     assert_eq!(Config::decode(&config.encode()), Some(config));
 }
