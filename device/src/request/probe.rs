@@ -1,0 +1,96 @@
+//! PROBE.
+
+use viommu_wire::{Features, Property, Request, TableFormats, Tail, numbers};
+
+use crate::device::Device;
+use crate::error::Rejection;
+use crate::host::{EndpointCaps, Host, TableCaps};
+
+impl<H: Host> Device<H> {
+    /// Fills the properties area; also says where the tail belongs: behind the area, whatever it holds.
+    ///
+    /// In a part that is too short for both, the tail is in the last four bytes (D-49).
+    pub(super) fn probe(&self, readable: &[u8], writable: &mut [u8]) -> (Result<(), Rejection>, usize) {
+        let room = writable.len().saturating_sub(Tail::LEN);
+        let size = usize::try_from(self.config.probe_size).unwrap_or(usize::MAX);
+        let tail_at = room.min(size);
+        let Some(area) = writable.get_mut(..tail_at) else { return (Ok(()), tail_at) };
+        area.fill(0); // D-50
+        let result = if room < size {
+            let needed = size.saturating_add(Tail::LEN);
+            Err(Rejection::ShortProbe { length: room + Tail::LEN, needed }) // D-49
+        } else {
+            self.fill_properties(readable, area)
+        };
+        (result, tail_at)
+    }
+
+    fn fill_properties(&self, readable: &[u8], mut area: &mut [u8]) -> Result<(), Rejection> {
+        let endpoint = match Request::decode(readable)? {
+            Request::Probe(probe) => probe.endpoint, // D-43
+            other => return Err(Rejection::NotAvailable(other.kind())),
+        };
+        let caps = self.endpoints.find(endpoint).and_then(|_| self.host.caps(endpoint));
+        let caps = caps.ok_or(Rejection::NoEndpoint(endpoint))?; // D-44
+        for property in properties(caps, self.features) {
+            // D-46, D-47, D-48. All fit: `DeviceConfig::validate` has counted them.
+            let Some(written) = property.encode(area) else { break };
+            area = area.split_at_mut_checked(written).map_or(&mut [], |(_, rest)| rest);
+        }
+        Ok(())
+    }
+}
+
+/// What PROBE says of an endpoint: reserved regions, and, once the handover of tables was negotiated, what tables the
+/// endpoint takes.
+pub(crate) fn properties(caps: &EndpointCaps, features: Features) -> impl Iterator<Item = Property> {
+    let tables = caps.tables.as_ref().filter(|_| features.contains(Features::ATTACH_TABLE));
+    let handover = tables.map(|tables| {
+        let bits = pasid_bits(tables);
+        [
+            Some(hardware(tables)),
+            (bits != 0).then_some(Property::PasidSize { bits }),
+            TableFormats::new(formats(tables)).map(Property::TableFormats),
+        ]
+    });
+    let reserved = caps.reserved.iter().map(|&region| Property::ReservedRegion(region));
+    reserved.chain(handover.into_iter().flatten().flatten())
+}
+
+/// The formats that ATTACH_TABLE takes, the preferred one first.
+pub(super) const fn formats(tables: &TableCaps) -> &'static [u8] {
+    match tables {
+        TableCaps::Smmuv3(_) => &[numbers::FORMAT_ARM_SMMU3],
+        TableCaps::Vtd(caps) if caps.first_stage => {
+            &[numbers::FORMAT_INTEL_PASID_TABLE, numbers::FORMAT_INTEL_PT]
+        }
+        TableCaps::Vtd(_) => &[],
+    }
+}
+
+/// Width of the endpoint's PASIDs in bits.
+pub(super) const fn pasid_bits(tables: &TableCaps) -> u8 {
+    match tables {
+        TableCaps::Smmuv3(caps) => caps.ssid_bits,
+        TableCaps::Vtd(caps) => caps.pasid_bits,
+    }
+}
+
+/// The registers, without the bits that do not hold for a guest's tables.
+fn hardware(tables: &TableCaps) -> Property {
+    match tables {
+        TableCaps::Smmuv3(caps) => {
+            let registers = caps.registers().filtered().with_output_bits(caps.oas_bits);
+            Property::HwArmSmmu3 {
+                idr0: registers.idr0,
+                idr1: registers.idr1,
+                idr3: registers.idr3,
+                idr5: registers.idr5,
+            }
+        }
+        TableCaps::Vtd(caps) => {
+            let registers = caps.registers().filtered();
+            Property::HwIntelVtd { cap: registers.cap, ecap: registers.ecap }
+        }
+    }
+}
