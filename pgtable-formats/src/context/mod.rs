@@ -4,6 +4,8 @@
 //! ignored bits gone. What the table in memory holds is judged at each [`lookup`](Canonical::lookup), as hardware does.
 
 mod build;
+#[cfg(test)]
+mod journal;
 pub mod smmuv3;
 pub mod vtd;
 

@@ -6,6 +6,7 @@ use super::*;
 use crate::{
     Access, AccessKind, FaultClass, Gpa, Iova, IovaRange, Pasid, TableAlloc, TableMem, context,
     context::BuildError,
+    context::journal::Journal,
     edit::{EditOptions, Editor},
     format::Attrs,
     leaf::vmsav8::{Granule, Vmsav8},
@@ -828,38 +829,6 @@ fn building_fails_cleanly() {
     assert_eq!(table.lookup(&memory, Some(pasid(1))), Err(Event::CBadSubstreamid));
     let outside = CdTable::from_ste(ste0(OUTSIDE.0, 0, 0), 0, &caps()).unwrap();
     assert!(matches!(outside.write(&mut memory, pasid(0), &legal()), Err(BuildError::NotMemory(_))));
-}
-
-/// Memory that records the order of writes.
-struct Journal {
-    memory: FlatMem,
-    writes: core::cell::RefCell<Vec<(u64, u64)>>,
-}
-
-impl TableMem for Journal {
-    fn load(&self, at: Gpa) -> Result<u64, crate::NotMemory> {
-        self.memory.load(at)
-    }
-
-    fn compare_exchange(
-        &self,
-        at: Gpa,
-        current: u64,
-        new: u64,
-    ) -> Result<Result<u64, u64>, crate::NotMemory> {
-        self.writes.borrow_mut().push((at.0, new));
-        self.memory.compare_exchange(at, current, new)
-    }
-}
-
-impl TableAlloc for Journal {
-    fn alloc(&mut self, size_lg2: u8) -> Option<Gpa> {
-        self.memory.alloc(size_lg2)
-    }
-
-    fn free(&mut self, table: Gpa, size_lg2: u8) {
-        self.memory.free(table, size_lg2);
-    }
 }
 
 #[test]
