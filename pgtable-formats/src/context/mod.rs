@@ -11,13 +11,15 @@ pub mod vtd;
 
 pub use build::BuildError;
 
-use crate::{Access, Fault, Iova, Pasid, TableMem, Translation};
+use crate::{Access, Fault, Gpa, Iova, Pasid, TableMem, Translation};
 
 /// A guest table that was checked and may be handed over: only this crosses to a host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Canonical {
     /// An SMMUv3 context-descriptor table: all PASIDs of an endpoint.
     Smmuv3(smmuv3::CdTable),
+    /// The VMSAv8-64 page tables of one PASID of an endpoint behind an SMMUv3.
+    Smmuv3PageTable(smmuv3::PageTable),
     /// A VT-d scalable-mode PASID directory: all PASIDs of an endpoint.
     VtdPasidTable(vtd::PasidTable),
     /// A VT-d first-stage page table: one PASID of an endpoint.
@@ -51,6 +53,18 @@ impl Canonical {
         matches!(self, Self::Smmuv3(_) | Self::VtdPasidTable(_))
     }
 
+    /// What the table itself takes up: where each part of it starts, and its size in bytes. What it leads to is not
+    /// among it.
+    pub fn extents(&self) -> impl Iterator<Item = (Gpa, u64)> {
+        let (first, second) = match self {
+            Self::Smmuv3(table) => (Some(table.extents()), None),
+            Self::Smmuv3PageTable(table) => table.extents().into(),
+            Self::VtdPasidTable(table) => (Some(table.extents()), None),
+            Self::VtdFirstStage(table) => (Some(table.extents()), None),
+        };
+        first.into_iter().chain(second)
+    }
+
     /// The PASID whose entry serves `pasid`: untagged DMA (`None`) may use an entry of its own. `None` where it
     /// uses no entry at all. Caches are tagged with the answer.
     #[inline]
@@ -58,7 +72,7 @@ impl Canonical {
         match self {
             Self::Smmuv3(table) => table.effective_pasid(pasid),
             Self::VtdPasidTable(table) => Some(pasid.unwrap_or(table.untagged())),
-            Self::VtdFirstStage(_) => pasid,
+            Self::Smmuv3PageTable(_) | Self::VtdFirstStage(_) => pasid,
         }
     }
 
@@ -70,6 +84,7 @@ impl Canonical {
     pub fn lookup<M: TableMem>(&self, mem: &M, pasid: Option<Pasid>) -> Result<Context, Fault> {
         match self {
             Self::Smmuv3(table) => table.lookup(mem, pasid).map_err(Fault::Smmuv3),
+            Self::Smmuv3PageTable(table) => Ok(Context::Stage1(Stage1::Smmuv3(table.context()))),
             Self::VtdPasidTable(table) => table.lookup(mem, pasid).map_err(Fault::Vtd),
             Self::VtdFirstStage(table) => Ok(Context::Stage1(Stage1::Vtd(*table))),
         }

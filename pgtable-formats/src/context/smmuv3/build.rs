@@ -82,6 +82,51 @@ impl CdTable {
         Ok(level1_changed)
     }
 
+    /// log2 of the size of a level-2 table; `None` where there is no level 2.
+    pub const fn leaf_lg2(&self) -> Option<u8> {
+        match self.format().leaf_bits() {
+            Some(bits) => Some(bits + CD_LG2),
+            None => None,
+        }
+    }
+
+    /// Where the descriptor of `pasid` is, for one who knows where level 2 is and does not want to rely on what
+    /// memory says. `leaf` is the level-2 table that holds it, where there is a level 2.
+    ///
+    /// # Errors
+    /// [`BuildError::OutOfTable`], also where `leaf` and the format do not agree.
+    pub fn place(&self, leaf: Option<Gpa>, pasid: Pasid) -> Result<Gpa, BuildError> {
+        if pasid.value() >> self.pasid_bits() != 0 {
+            return Err(BuildError::OutOfTable(pasid));
+        }
+        match (self.format().leaf_bits(), leaf) {
+            (None, None) => Ok(Gpa(self.extents().0.0 + (u64::from(pasid.value()) << CD_LG2))),
+            (Some(bits), Some(leaf)) => Ok(in_leaf(leaf, pasid, bits)),
+            _ => Err(BuildError::OutOfTable(pasid)),
+        }
+    }
+
+    /// Lets level 1 lead `pasid`, and those beside it, to the level-2 table `leaf`; `None`: to none. An invalidation
+    /// that covers level 1 must follow.
+    ///
+    /// # Errors
+    /// [`BuildError::OutOfTable`], [`BuildError::Unsupported`] where `leaf` is not aligned or lies beyond the output
+    /// size, [`BuildError::NotMemory`].
+    pub fn link<M: TableMem>(&self, mem: &M, pasid: Pasid, leaf: Option<Gpa>) -> Result<(), BuildError> {
+        let leaf_bits = self.format().leaf_bits().ok_or(BuildError::OutOfTable(pasid))?;
+        if pasid.value() >> self.pasid_bits() != 0 {
+            return Err(BuildError::OutOfTable(pasid));
+        }
+        let entry = match leaf {
+            None => L1Cd::new(),
+            Some(leaf) if leaf.0 >> self.caps().oas_bits != 0 || !leaf.is_aligned(leaf_bits + CD_LG2) => {
+                return Err(BuildError::Unsupported);
+            }
+            Some(leaf) => L1Cd::new().with_valid(true).with_l2_ptr(leaf.0 >> 12),
+        };
+        Ok(store(mem, self.l1_entry(pasid, leaf_bits), entry.into_bits())?)
+    }
+
     /// Clears V of the descriptor of `pasid`, and nothing else: an SMMU that is fetching the descriptor may still have
     /// read V=1 (IHI 0070, 3.21.3). `Ok(false)` where it was not valid. An invalidation must follow, before
     /// [`write`](Self::write) may use the place again.
@@ -149,17 +194,14 @@ impl CdTable {
         let leaf_bits = self.format().leaf_bits().ok_or(BuildError::OutOfTable(pasid))?;
         let size_lg2 = leaf_bits + CD_LG2;
         let table = memory.alloc(size_lg2).ok_or(BuildError::NoTable)?;
-        let installed = if table.0 >> self.caps().oas_bits != 0 || !table.is_aligned(size_lg2) {
-            Err(BuildError::Unsupported)
-        } else {
-            let entry = L1Cd::new().with_valid(true).with_l2_ptr(table.0 >> 12);
-            store(memory, self.l1_entry(pasid, leaf_bits), entry.into_bits()).map_err(BuildError::from)
-        };
-        installed.map(|()| in_leaf(table, pasid, leaf_bits)).inspect_err(|_| memory.free(table, size_lg2))
+        let linked = self.link(memory, pasid, Some(table));
+        linked.map(|()| in_leaf(table, pasid, leaf_bits)).inspect_err(|_| memory.free(table, size_lg2))
     }
 
-    fn alloc_lg2(&self) -> u8 {
-        self.size_lg2().max(MIN_ALLOC_LG2)
+    /// log2 of the size of the linear table or of level 1, as [`create`](Self::create) asks for it.
+    pub const fn alloc_lg2(&self) -> u8 {
+        let size = self.size_lg2();
+        if size < MIN_ALLOC_LG2 { MIN_ALLOC_LG2 } else { size }
     }
 }
 

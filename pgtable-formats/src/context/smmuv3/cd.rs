@@ -3,7 +3,11 @@
 use bitfield_struct::bitfield;
 
 use super::{Caps, context_from_cd};
-use crate::{Gpa, leaf::vmsav8::Granule};
+use crate::{
+    Gpa, NotMemory, TableMem,
+    context::build::{store, store_entry},
+    leaf::vmsav8::Granule,
+};
 
 /// Level-1 context-descriptor-table entry (L1CD), 64 bits (IHI 0070, 5.3).
 #[bitfield(u64)]
@@ -210,6 +214,22 @@ impl Cd {
             piiu,
             piip,
         }
+    }
+
+    /// Writes the descriptor at `at`, V last. What is there must not be valid.
+    ///
+    /// # Errors
+    /// [`NotMemory`]: then it is not valid, either.
+    pub fn store<M: TableMem>(&self, mem: &M, at: Gpa) -> Result<(), NotMemory> {
+        store_entry(mem, at, self.words())
+    }
+
+    /// Writes the first word alone, which has V: takes a descriptor that is at `at` away (V=0), or gives it back.
+    ///
+    /// # Errors
+    /// [`NotMemory`]: then nothing is written.
+    pub fn store_valid<M: TableMem>(&self, mem: &M, at: Gpa, valid: bool) -> Result<(), NotMemory> {
+        store(mem, at, self.word0.with_valid(valid).into_bits())
     }
 
     /// The eight words in the order of memory.

@@ -273,7 +273,7 @@ impl Caps {
 }
 
 #[inline]
-const fn lower_granule(tg0: u8) -> Option<Granule> {
+pub(super) const fn lower_granule(tg0: u8) -> Option<Granule> {
     match tg0 {
         0 => Some(Granule::K4),
         1 => Some(Granule::K64),
@@ -283,7 +283,7 @@ const fn lower_granule(tg0: u8) -> Option<Granule> {
 }
 
 #[inline]
-const fn upper_granule(tg1: u8) -> Option<Granule> {
+pub(super) const fn upper_granule(tg1: u8) -> Option<Granule> {
     match tg1 {
         1 => Some(Granule::K16),
         2 => Some(Granule::K4),

@@ -18,6 +18,7 @@ mod context;
 mod first_stage;
 mod pasid;
 mod reason;
+mod scan;
 mod table;
 #[cfg(test)]
 mod tests;

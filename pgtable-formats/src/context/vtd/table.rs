@@ -222,6 +222,11 @@ impl PasidTable {
         PasidEntry::from_words(words).judge(&self.caps)
     }
 
+    /// The first PASID that no tagged request can use.
+    pub(super) const fn tagged_end(&self) -> u32 {
+        if self.tagged { 1 << self.pasid_bits() } else { 0 }
+    }
+
     /// Whose entry serves `pasid`.
     #[inline]
     const fn select(&self, pasid: Option<Pasid>) -> Result<Pasid, FaultReason> {
