@@ -30,8 +30,8 @@ impl<H: Host> Device<H> {
         }
     }
 
-    /// Binds the untagged accesses of an endpoint to `target` and takes away its guest tables. Membership in domains
-    /// is not touched.
+    /// Binds the untagged accesses of an endpoint to `target` and takes away its guest tables. Its page requests are
+    /// answered INVALID. Membership in domains is not touched.
     pub(crate) fn move_endpoint(&mut self, at: usize, target: Target) -> Result<(), HostError> {
         self.unbind_pasids(at)?;
         if let Err(error) = self.bind_untagged(at, target) {
@@ -40,6 +40,7 @@ impl<H: Host> Device<H> {
         }
         self.forget_pasids(at);
         self.record_untagged(at, target.bound());
+        self.close_groups(at, |_| true);
         Ok(())
     }
 

@@ -18,7 +18,8 @@ use crate::request::probe;
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceConfig {
-    /// Device-type features to offer, some of [`Self::FEATURES`]. What the transport offers is not said here.
+    /// Device-type features to offer, some of [`Self::ALL_FEATURES`]. What the transport offers is not said here.
+    /// PAGE_REQUEST is offered only where an endpoint of the host has page requests.
     pub features: Features,
     /// The lowest set bit is the granule of every MAP, the others are hints (D-4).
     pub page_size_mask: u64,
@@ -32,6 +33,9 @@ pub struct DeviceConfig {
     pub bypass: bool,
     /// Bounds on what a guest can make grow.
     pub limits: Limits,
+    /// How long in nanoseconds a driver may take to answer page requests; then they are answered INVALID.
+    /// `u64::MAX`: for ever. The time is that of [`Device::set_time`](crate::Device::set_time).
+    pub page_request_timeout_ns: u64,
 }
 
 /// Why a device cannot be made so.
@@ -57,7 +61,7 @@ pub enum ConfigError {
     ProbeSize {
         /// The endpoint.
         endpoint: EndpointId,
-        /// Bytes that its properties take, those of the table handover included.
+        /// Bytes that its properties take, those of all offered features included.
         needed: usize,
         /// Bytes that there are.
         probe_size: u32,
@@ -81,7 +85,7 @@ pub enum ConfigError {
 }
 
 impl DeviceConfig {
-    /// Every feature that this device has.
+    /// Every feature that this device has over any host.
     pub const FEATURES: Features = Features::INPUT_RANGE
         .union(Features::DOMAIN_RANGE)
         .union(Features::MAP_UNMAP)
@@ -90,12 +94,19 @@ impl DeviceConfig {
         .union(Features::BYPASS_CONFIG)
         .union(Features::ATTACH_TABLE);
 
+    /// And those that need a host to match: PAGE_REQUEST.
+    pub const ALL_FEATURES: Features = Self::FEATURES.union(Features::PAGE_REQUEST);
+
+    /// How long a driver may take to answer page requests, if nothing else is said: 10 seconds. An endpoint waits
+    /// meanwhile, and a driver may have to read the page from a disk first.
+    pub const PAGE_REQUEST_TIMEOUT_NS: u64 = 10_000_000_000;
+
     /// Checks the values, each alone, together, and against the endpoints of `host`.
     ///
     /// # Errors
     /// The first rule that is broken.
     pub fn validate<H: Host>(&self, host: &H) -> Result<(), ConfigError> {
-        let unknown = self.features.difference(Self::FEATURES);
+        let unknown = self.features.difference(Self::ALL_FEATURES);
         if !unknown.is_empty() {
             return Err(ConfigError::Features(unknown)); // D-2, D-3
         }
@@ -112,10 +123,20 @@ impl DeviceConfig {
         if self.domain_range != DomainRange::ALL && !self.features.contains(Features::DOMAIN_RANGE) {
             return Err(ConfigError::DomainRangeNotOffered);
         }
+        let offered = self.offered(host);
         host.endpoints()
             .into_iter()
             .filter_map(|endpoint| Some((endpoint, host.caps(endpoint)?)))
-            .try_for_each(|(endpoint, caps)| self.validate_endpoint(endpoint, caps))
+            .try_for_each(|(endpoint, caps)| self.validate_endpoint(endpoint, caps, offered))
+    }
+
+    /// The features, without those that no endpoint of `host` has a use for.
+    pub(crate) fn offered<H: Host>(&self, host: &H) -> Features {
+        let asks = |&endpoint: &EndpointId| host.caps(endpoint).is_some_and(|caps| caps.page_requests);
+        match self.features.contains(Features::PAGE_REQUEST) && !host.endpoints().iter().any(asks) {
+            true => self.features - Features::PAGE_REQUEST,
+            false => self.features,
+        }
     }
 
     /// log2 of the granule of MAP.
@@ -134,7 +155,12 @@ impl DeviceConfig {
         }
     }
 
-    fn validate_endpoint(&self, endpoint: EndpointId, caps: &EndpointCaps) -> Result<(), ConfigError> {
+    fn validate_endpoint(
+        &self,
+        endpoint: EndpointId,
+        caps: &EndpointCaps,
+        offered: Features,
+    ) -> Result<(), ConfigError> {
         if caps.reserved.iter().filter(|region| region.kind == ReservedKind::Msi).count() > 1 {
             return Err(ConfigError::MsiRegions(endpoint)); // D-52
         }
@@ -143,7 +169,7 @@ impl DeviceConfig {
         }
         if self.features.contains(Features::PROBE) {
             // With all that may become visible: probe_size stays when features are negotiated.
-            let needed = probe::properties(caps, self.features).map(|property| property.encoded_len()).sum();
+            let needed = probe::properties(caps, offered).map(|property| property.encoded_len()).sum();
             if u32::try_from(needed).map_or(true, |needed| needed > self.probe_size) {
                 return Err(ConfigError::ProbeSize { endpoint, needed, probe_size: self.probe_size });
             }
@@ -152,17 +178,19 @@ impl DeviceConfig {
     }
 }
 
-/// All features, 4 KiB pages, 48-bit addresses, every domain ID, a `probe_size` of 512, no bypass.
+/// All features, 4 KiB pages, 48-bit addresses, every domain ID, a `probe_size` of 512, no bypass, 10 seconds for the
+/// answer to a page request.
 impl Default for DeviceConfig {
     fn default() -> Self {
         Self {
-            features: Self::FEATURES,
+            features: Self::ALL_FEATURES,
             page_size_mask: 0xffff_ffff_ffff_f000,
             input_range: IovaRange::from_length(Iova(0), 1 << 48).unwrap_or(IovaRange::ALL),
             domain_range: DomainRange::ALL,
             probe_size: 512,
             bypass: false,
             limits: Limits::DEFAULT,
+            page_request_timeout_ns: Self::PAGE_REQUEST_TIMEOUT_NS,
         }
     }
 }

@@ -10,6 +10,7 @@ use crate::endpoint::{Bound, Endpoints};
 use crate::error::{ConfigWriteError, FeatureError};
 use crate::event::Events;
 use crate::host::{Host, Invalidation, Stream};
+use crate::page_request::PageRequests;
 
 /// A virtio-iommu device over the machine `H`.
 ///
@@ -19,6 +20,8 @@ use crate::host::{Host, Invalidation, Stream};
 pub struct Device<H: Host> {
     pub(crate) config: DeviceConfig,
     pub(crate) host: H,
+    /// The features of `config` that an endpoint has a use for.
+    offered: Features,
     /// Negotiated.
     pub(crate) features: Features,
     /// The field of the configuration space.
@@ -32,6 +35,7 @@ pub struct Device<H: Host> {
     /// Made when first needed, then shared by all that are in bypass.
     pub(crate) identity: Option<H::Space>,
     pub(crate) events: Events,
+    pub(crate) page_requests: PageRequests,
     /// Invalidations of one request; empty in between, kept for its memory.
     pub(crate) batch: Vec<Invalidation>,
     /// Spaces that the host would not take streams away from when the device was reset.
@@ -55,10 +59,13 @@ impl<H: Host> Device<H> {
     /// What [`DeviceConfig::validate`] finds; [`ConfigError::Host`] where endpoints cannot be put in bypass.
     pub fn new(config: DeviceConfig, host: H) -> Result<Self, ConfigError> {
         config.validate(&host)?;
+        let endpoints = Endpoints::new(&host);
         let mut device = Self {
+            offered: config.offered(&host),
             features: Features::empty(),
             bypass: config.bypass,
-            endpoints: Endpoints::new(&host),
+            page_requests: PageRequests::new(endpoints.len()),
+            endpoints,
             domains: Domains::new(),
             mappings: 0,
             page_tables: 0,
@@ -91,9 +98,10 @@ impl<H: Host> Device<H> {
         &self.config
     }
 
-    /// The device-type features on offer (D-1).
+    /// The device-type features on offer (D-1): those of the configuration, and PAGE_REQUEST among them only where an
+    /// endpoint has page requests.
     pub fn offered_features(&self) -> Features {
-        self.config.features
+        self.offered
     }
 
     /// The device-type features that the driver accepted.
@@ -107,11 +115,14 @@ impl<H: Host> Device<H> {
     /// A device-type bit that was not offered; the choice stays as it was.
     pub fn accept_features(&mut self, accepted: Features) -> Result<(), FeatureError> {
         let chosen = accepted.intersection(Features::DEVICE);
-        let unknown = chosen.difference(self.config.features);
+        let unknown = chosen.difference(self.offered);
         if !unknown.is_empty() {
             return Err(FeatureError(unknown));
         }
         self.features = chosen;
+        if !chosen.contains(Features::PAGE_REQUEST) {
+            self.close_all_groups();
+        }
         Ok(())
     }
 
@@ -147,8 +158,8 @@ impl<H: Host> Device<H> {
         self.set_bypass(bypass)
     }
 
-    /// Device reset: no endpoint is attached any more (D-8), nothing of what the guest made is left, and features are
-    /// to be negotiated anew. `bypass` stays as it is (D-6).
+    /// Device reset: no endpoint is attached any more (D-8), nothing of what the guest made is left, page requests are
+    /// answered INVALID, and features are to be negotiated anew. `bypass` stays as it is (D-6).
     pub fn reset(&mut self) {
         self.features = Features::empty();
         self.needs_reset = false;

@@ -147,6 +147,9 @@ pub enum Rejection {
     /// The two stream table entry words do not name a table that this SMMUv3 walks.
     #[error("stream table entry: {0}")]
     Smmuv3(smmuv3::SteRefusal),
+    /// The registers do not describe page tables that this SMMUv3 walks.
+    #[error("page table: {0}")]
+    Smmuv3PageTable(smmuv3::PageTableRefusal),
     /// The numbers do not name a table that this VT-d unit walks.
     #[error("VT-d table: {0}")]
     Vtd(vtd::Refusal),
@@ -157,6 +160,16 @@ pub enum Rejection {
         endpoint: EndpointId,
         /// The PASID.
         pasid: Pasid,
+    },
+    /// There is no such group of page requests, or the driver was not told of all of it yet.
+    #[error("endpoint {endpoint} has no group {group} of page requests that waits for this answer")]
+    NoPageRequest {
+        /// The endpoint.
+        endpoint: EndpointId,
+        /// The PASID; `None` for untagged accesses.
+        pasid: Option<Pasid>,
+        /// The group.
+        group: u16,
     },
     /// The properties area is smaller than `probe_size` (D-49).
     #[error("PROBE has {length} writable bytes and needs {needed}")]
@@ -195,7 +208,9 @@ impl Rejection {
         Some(match self {
             Self::NoTail { .. } | Self::NotAvailable(_) => return None,
             Self::Decode(error) => return error.status(),
-            Self::NoEndpoint(_) | Self::NoDomain(_) | Self::NotBound { .. } => Status::NoEnt,
+            Self::NoEndpoint(_) | Self::NoDomain(_) | Self::NotBound { .. } | Self::NoPageRequest { .. } => {
+                Status::NoEnt
+            }
             Self::FlagNotNegotiated { .. }
             | Self::WrongKind { .. }
             | Self::NotAttached { .. }
@@ -213,6 +228,7 @@ impl Rejection {
             | Self::Format { .. }
             | Self::PasidTooWide { .. } => Status::Unsupp,
             Self::Smmuv3(refusal) => refused(refusal.is_unsupported()),
+            Self::Smmuv3PageTable(refusal) => refused(refusal.is_unsupported()),
             Self::Vtd(refusal) => refused(refusal.is_unsupported()),
             Self::Limit(..) => Status::NoMem,
             Self::Host(HostError::Unsupported) => Status::Unsupp,

@@ -1,4 +1,4 @@
-//! Faults on their way to the driver.
+//! What the driver is told unasked: faults, and page requests, which take turns.
 
 use alloc::collections::VecDeque;
 
@@ -8,39 +8,55 @@ use viommu_wire::{AccessFlags, Event, FaultEvent, FaultReason, Features};
 use crate::device::Device;
 use crate::host::{FaultCause, FaultReport, Host};
 
-/// Faults of the host that a reset passes over. More than a host holds: only one that finds them faster than they are
-/// discarded, in a machine of its own, has more.
-const MAX_DISCARDED: usize = 1 << 16;
+/// Faults of the host that a reset passes over, and page requests. More than a host holds: only one that finds them
+/// faster than they are discarded, in a machine of its own, has more.
+pub(crate) const MAX_DISCARDED: usize = 1 << 16;
 
 /// Faults that wait for a buffer.
 #[derive(Debug, Default)]
 pub(crate) struct Events {
-    queue: VecDeque<Event>,
+    faults: VecDeque<FaultEvent>,
     dropped: u64,
+    /// Whether a page request goes before a fault: a flood of the ones does not hold up the others.
+    is_turn_of_page_requests: bool,
+}
+
+/// What goes into the next buffer.
+enum Next {
+    Fault,
+    /// Of the endpoint at this place.
+    PageRequest(usize),
 }
 
 impl<H: Host> Device<H> {
-    /// Takes the oldest event.
+    /// Takes the next event. A page request that was taken is to be answered, by PAGE_RESP.
     pub fn next_event(&mut self) -> Option<Event> {
-        self.collect_faults();
-        self.events.queue.pop_front()
+        let (next, event) = self.peek_event()?;
+        self.take_event(&next);
+        Some(event)
     }
 
     /// Whether there is an event to deliver.
     pub fn event_pending(&mut self) -> bool {
         self.collect_faults();
-        !self.events.queue.is_empty()
+        self.collect_page_requests();
+        !self.events.faults.is_empty() || self.page_requests.groups.has_untold()
     }
 
-    /// Writes the oldest event to the start of `buffer` and takes it.
+    /// Writes the next event to the start of `buffer` and takes it.
     ///
-    /// `None`: there is no event. `Some(0)`: the buffer is too small for it, nothing was written and the event is
-    /// kept; the buffer is to be returned with a used length of 0 (D-58). `Some(n)`: `n` bytes were written.
+    /// `None`: there is no event. `Some(0)`: the buffer is too small for it, nothing was written, and the buffer is to
+    /// be returned with a used length of 0 (D-58); a fault is kept, a page request is answered INVALID with its whole
+    /// group. `Some(n)`: `n` bytes were written.
     pub fn fill_event(&mut self, buffer: &mut [u8]) -> Option<usize> {
-        self.collect_faults();
-        let written = self.events.queue.front()?.encode(buffer);
-        if written.is_some() {
-            self.events.queue.pop_front();
+        let (next, event) = self.peek_event()?;
+        let written = event.encode(buffer);
+        match (written, &next, event) {
+            (Some(_), ..) => self.take_event(&next),
+            (None, Next::PageRequest(place), Event::PageRequest(request)) => {
+                self.close_too_large(*place, &request);
+            }
+            (None, ..) => {}
         }
         Some(written.unwrap_or(0))
     }
@@ -52,12 +68,42 @@ impl<H: Host> Device<H> {
 
     /// Forgets events that nobody took, those that the host still holds included.
     pub(crate) fn discard_events(&mut self) {
-        self.events.queue.clear();
+        self.events.faults.clear();
+        self.events.is_turn_of_page_requests = false;
         for _ in 0..MAX_DISCARDED {
             if self.host.next_fault().is_none() {
                 break;
             }
         }
+        self.discard_page_requests();
+    }
+
+    /// Keeps a fault for the driver, or drops it where too many wait (D-59).
+    pub(crate) fn push_fault(&mut self, report: &FaultReport) {
+        if self.events.faults.len() < self.config.limits.max_pending_events {
+            self.events.faults.push_back(fault_event(report, self.features));
+        } else {
+            self.events.dropped = self.events.dropped.saturating_add(1);
+        }
+    }
+
+    fn peek_event(&mut self) -> Option<(Next, Event)> {
+        self.collect_faults();
+        self.collect_page_requests();
+        let fault = self.events.faults.front().map(|&fault| (Next::Fault, Event::Fault(fault)));
+        if fault.is_some() && !self.events.is_turn_of_page_requests {
+            return fault;
+        }
+        let request = self.page_requests.groups.front();
+        request.map(|(place, request)| (Next::PageRequest(place), Event::PageRequest(request))).or(fault)
+    }
+
+    fn take_event(&mut self, next: &Next) {
+        match next {
+            Next::Fault => drop(self.events.faults.pop_front()),
+            Next::PageRequest(_) => self.page_requests.groups.told(),
+        }
+        self.events.is_turn_of_page_requests = matches!(next, Next::Fault);
     }
 
     /// Takes over what the host has. One call looks at a bounded number of faults: endpoints may produce them as fast
@@ -69,11 +115,7 @@ impl<H: Host> Device<H> {
             if self.endpoints.find(report.stream.endpoint).is_none() {
                 continue; // D-56
             }
-            if self.events.queue.len() < bound {
-                self.events.queue.push_back(Event::Fault(fault_event(&report, self.features)));
-            } else {
-                self.events.dropped = self.events.dropped.saturating_add(1); // D-59
-            }
+            self.push_fault(&report);
         }
     }
 }

@@ -4,7 +4,7 @@ use alloc::vec::Vec;
 
 use pgtable_formats::context::{Canonical, smmuv3, vtd};
 use pgtable_formats::{AccessKind, Fault, FaultClass, Iova, IovaRange, Pasid};
-use viommu_wire::{Caches, EndpointId, ReservedRegion};
+use viommu_wire::{AccessFlags, Caches, EndpointId, PageResponseCode, ReservedRegion};
 
 use crate::mapping::Mapping;
 
@@ -19,6 +19,10 @@ use crate::mapping::Mapping;
 ///   what they took away can still be in flight.
 /// - Nothing here is told twice: the device binds a stream before it invalidates it, and destroys a space only when
 ///   no stream is bound to it.
+/// - When [`bind`](Self::bind) has replaced or taken away what a stream translated through, the host has answered the
+///   stream's page requests INVALID itself, and does not report any of them any more. With the untagged stream these
+///   are the PASIDs, too, that are not bound on their own.
+/// - What an endpoint without [`EndpointCaps::page_requests`] does is never a page request.
 pub trait Host {
     /// What a stream translates through.
     type Space;
@@ -74,6 +78,24 @@ pub trait Host {
 
     /// The oldest failed access that was not handed out yet.
     fn next_fault(&mut self) -> Option<FaultReport>;
+
+    /// The oldest page request that was not handed out yet. The requests of one group come in order, those of several
+    /// groups in any. The device stops asking while it has no room, so what it does not ask for has to be kept.
+    fn next_page_request(&mut self) -> Option<PageRequestReport> {
+        None
+    }
+
+    /// Answers a group: all of its requests, which are never reported again. A request with its number that is
+    /// reported later begins another group; so it is where the answer comes before the last request was reported.
+    ///
+    /// A group that is gone, because the host answered it itself, is no error.
+    ///
+    /// # Errors
+    /// The machine's; the group stays as it was.
+    fn respond(&mut self, response: &GroupResponse) -> Result<(), HostError> {
+        let _ = response;
+        Err(HostError::Unsupported)
+    }
 }
 
 /// Accesses that translate alike: an endpoint's untagged ones, or those with one PASID.
@@ -116,8 +138,33 @@ pub enum SpaceSpec<'a> {
 pub struct EndpointCaps {
     /// The guest tables that the machine walks for it; `None` where it walks none.
     pub tables: Option<TableCaps>,
+    /// Which kinds of them the host takes, of those that the device can check for that hardware.
+    pub kinds: TableKinds,
+    /// Those that it hands over as they are. Others of `kinds` it makes of these, which costs more: PROBE names them
+    /// last.
+    pub native: TableKinds,
     /// Regions that must not be mapped; disjoint (D-53), with at most one MSI region (D-52).
     pub reserved: Vec<ReservedRegion>,
+    /// Whether its accesses can wait for a page, see [`Host::next_page_request`].
+    pub page_requests: bool,
+}
+
+bitflags::bitflags! {
+    /// Ways to hand over a guest's tables.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct TableKinds: u8 {
+        /// A table of all PASIDs of the endpoint, which the guest fills.
+        const PASID_TABLE = 1 << 0;
+        /// A page table for one PASID.
+        const PAGE_TABLE = 1 << 1;
+    }
+}
+
+/// All: a host that takes fewer says so.
+impl Default for TableKinds {
+    fn default() -> Self {
+        Self::all()
+    }
 }
 
 /// The hardware that walks guest tables, as its ID registers describe it.
@@ -179,6 +226,34 @@ pub struct FaultReport {
     pub cause: FaultCause,
 }
 
+/// An access that waits for an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageRequestReport {
+    /// Whose access.
+    pub stream: Stream,
+    /// Its address.
+    pub address: Iova,
+    /// What it is; a machine may ask for several at once.
+    pub access: AccessFlags,
+    /// The group that one answer serves; of this stream, until it is answered.
+    pub group: u16,
+    /// The last request of its group. Only a whole group is answered with success.
+    pub last: bool,
+    /// VT-d private data.
+    pub private_data: Option<[u64; 2]>,
+}
+
+/// The answer to a group of page requests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GroupResponse {
+    /// Whose accesses wait.
+    pub stream: Stream,
+    /// The group.
+    pub group: u16,
+    /// The answer.
+    pub code: PageResponseCode,
+}
+
 /// Why an access failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum FaultCause {
@@ -199,6 +274,15 @@ impl FaultCause {
             Self::Unattached => false,
             Self::Unmapped | Self::Permission => true,
             Self::Table(fault) => !matches!(fault.class(), FaultClass::Configuration),
+        }
+    }
+
+    /// Whether the guest can make the access succeed by an entry of its page table: nothing is mapped there, or not
+    /// with that permission. What is malformed or not in memory, or configured otherwise, is no matter of a page.
+    pub const fn is_recoverable(self) -> bool {
+        match self {
+            Self::Unattached | Self::Unmapped | Self::Permission => false,
+            Self::Table(fault) => matches!(fault.class(), FaultClass::NotMapped | FaultClass::Permission),
         }
     }
 }

@@ -57,6 +57,15 @@
 //! back; the endpoint stays in its domain. In a table domain each endpoint has tables of its own: the domain is what
 //! INVALIDATE names. An endpoint that is attached to another domain loses all of them, as by a DETACH (D-22).
 //!
+//! # Page requests
+//! An endpoint that can wait for a page ([`EndpointCaps::page_requests`](host::EndpointCaps)) asks for it, and the
+//! driver answers, once for each *group* of requests: with success the access is tried again, else it fails. A request
+//! that the host handed out is told to the driver or answered, never lost; while the driver offers no buffer, it waits,
+//! and the host keeps what there is no room for. The device answers INVALID itself when what the access waits for is
+//! replaced or taken away (ATTACH, DETACH, ATTACH_TABLE, reset), when the driver takes too long
+//! ([`Device::set_time`]), offers a buffer that is too small, or gave up the feature, and when a bound of [`Limits`] is
+//! reached. A driver without the feature hears of such an access as of any fault.
+//!
 //! # Choices that the standard leaves open
 //! | situation | here |
 //! |---|---|
@@ -69,10 +78,11 @@
 //! | DETACH from a domain that the endpoint is not in | INVAL |
 //! | ATTACH to the domain that the endpoint is in | OK, no change |
 //! | device-readable part too short for a known type | INVAL; longer: the rest is ignored |
-//! | event buffer too small | returned with a used length of 0, the event is kept |
+//! | event buffer too small | returned with a used length of 0; a fault is kept, a page request answered INVALID |
+//! | PAGE_RESP for a group that the driver was not told of to its end | NOENT |
 //!
 //! # Not here
-//! The feature BYPASS (superseded by BYPASS_CONFIG), page requests, tables of other formats, endpoints that come and
+//! The feature BYPASS (superseded by BYPASS_CONFIG), tables of other formats, endpoints that come and
 //! go: they are those of the host when the device is made.
 #![no_std]
 #![forbid(unsafe_code)]
@@ -88,6 +98,8 @@ mod event;
 pub mod host;
 mod limits;
 pub mod mapping;
+pub mod mediated;
+mod page_request;
 mod request;
 mod reserved;
 pub mod soft;
@@ -99,6 +111,7 @@ pub use device::Device;
 pub use domain::DomainKind;
 pub use error::{ConfigWriteError, FeatureError, Rejection, Resource};
 pub use limits::Limits;
+pub use page_request::PageRequestCounts;
 pub use request::Handled;
 pub use viommu_wire as wire;
 pub use viommu_wire::{

@@ -15,6 +15,13 @@ pub struct Limits {
     pub max_bound_pasids_per_endpoint: usize,
     /// Page tables bound for single PASIDs of all endpoints together.
     pub max_bound_pasids: usize,
+    /// Page requests of one endpoint that are not answered yet, told to the driver or not. A group that would go
+    /// beyond is answered INVALID at once.
+    pub max_page_requests_per_endpoint: usize,
+    /// Page requests of all endpoints together that are not answered yet. While it is reached and some of them wait
+    /// for an event buffer, the host keeps what it has; when the driver was told of all, a further group is answered
+    /// INVALID at once.
+    pub max_page_requests: usize,
 }
 
 impl Limits {
@@ -26,6 +33,8 @@ impl Limits {
         max_pending_events: 1 << 10,
         max_bound_pasids_per_endpoint: 1 << 12,
         max_bound_pasids: 1 << 16,
+        max_page_requests_per_endpoint: 1 << 8,
+        max_page_requests: 1 << 12,
     };
 }
 

@@ -39,8 +39,12 @@ impl<H: Host> Device<H> {
 
 /// What `request` asks of `endpoint`. Tables that are not bound have nothing cached: every binding starts clean.
 fn expand<S>(request: &Invalidate, endpoint: &Endpoint<S>, batch: &mut Vec<Invalidation>) {
-    // A tag that no architecture has narrows nothing.
+    // A tag that no architecture has narrows nothing. Nor does a tag by itself among page tables that are bound one by
+    // one: it is about each PASID that has it, and which these are is for the host to know.
+    let by_itself =
+        matches!(request.scope, InvalidateScope::Pasid(None) | InvalidateScope::Address { pasid: None, .. });
     let tag = request.tag.and_then(|tag| u16::try_from(tag).ok());
+    let tag = tag.filter(|_| !by_itself || matches!(endpoint.untagged, Bound::PasidTable(_)));
     let mut push_scope = |scope| {
         let Invalidate { caches, leaf, global, .. } = *request;
         batch.push(Invalidation { endpoint: endpoint.id, scope, caches, leaf, tag, global });

@@ -81,9 +81,8 @@ impl<H: Host> Device<H> {
             Request::Detach(detach) => self.detach(&detach),
             Request::AttachTable(attach) => self.attach_table(&attach),
             Request::Invalidate(invalidate) => self.invalidate(&invalidate),
-            Request::Probe(_) | Request::PageResponse(_) => {
-                Err(Rejection::NotAvailable(Request::peek(readable)?))
-            }
+            Request::PageResponse(response) => self.answer_group(&response),
+            Request::Probe(_) => Err(Rejection::NotAvailable(RequestType::Probe)),
         }
     }
 }

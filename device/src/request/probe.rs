@@ -1,10 +1,10 @@
 //! PROBE.
 
-use viommu_wire::{Features, Property, Request, TableFormats, Tail, numbers};
+use viommu_wire::{Features, PageRequestFlags, Property, Request, TableFormats, Tail, numbers};
 
 use crate::device::Device;
 use crate::error::Rejection;
-use crate::host::{EndpointCaps, Host, TableCaps};
+use crate::host::{EndpointCaps, Host, TableCaps, TableKinds};
 
 impl<H: Host> Device<H> {
     /// Fills the properties area; also says where the tail belongs: behind the area, whatever it holds.
@@ -41,8 +41,8 @@ impl<H: Host> Device<H> {
     }
 }
 
-/// What PROBE says of an endpoint: reserved regions, and, once the handover of tables was negotiated, what tables the
-/// endpoint takes.
+/// What PROBE says of an endpoint: reserved regions; once the handover of tables was negotiated, what tables the
+/// endpoint takes; and once page requests were, whether it makes any.
 pub(crate) fn properties(caps: &EndpointCaps, features: Features) -> impl Iterator<Item = Property> {
     let tables = caps.tables.as_ref().filter(|_| features.contains(Features::ATTACH_TABLE));
     let handover = tables.map(|tables| {
@@ -50,20 +50,48 @@ pub(crate) fn properties(caps: &EndpointCaps, features: Features) -> impl Iterat
         [
             Some(hardware(tables)),
             (bits != 0).then_some(Property::PasidSize { bits }),
-            TableFormats::new(formats(tables)).map(Property::TableFormats),
+            TableFormats::new(formats(tables, caps)).map(Property::TableFormats),
         ]
     });
     let reserved = caps.reserved.iter().map(|&region| Property::ReservedRegion(region));
-    reserved.chain(handover.into_iter().flatten().flatten())
+    let page_requests =
+        features.contains(Features::PAGE_REQUEST).then(|| Property::PageRequests(page_request_flags(caps)));
+    reserved.chain(handover.into_iter().flatten().flatten()).chain(page_requests)
 }
 
-/// The formats that ATTACH_TABLE takes, the preferred one first.
-pub(super) const fn formats(tables: &TableCaps) -> &'static [u8] {
-    match tables {
-        TableCaps::Smmuv3(_) => &[numbers::FORMAT_ARM_SMMU3],
-        TableCaps::Vtd(caps) if caps.first_stage => {
-            &[numbers::FORMAT_INTEL_PASID_TABLE, numbers::FORMAT_INTEL_PT]
+/// Groups of different PASIDs may have one number, so a response always has to name the PASID.
+const fn page_request_flags(caps: &EndpointCaps) -> PageRequestFlags {
+    if caps.page_requests { PageRequestFlags::all() } else { PageRequestFlags::empty() }
+}
+
+/// The formats that ATTACH_TABLE takes, the preferred one first: what is handed over as it is before what is made of
+/// it, and of two of these the one that takes fewer requests.
+pub(super) const fn formats(tables: &TableCaps, caps: &EndpointCaps) -> &'static [u8] {
+    /// Tables of all PASIDs come before page tables, and the reverse.
+    const fn pick(caps: &EndpointCaps, both: [&'static [u8]; 2]) -> &'static [u8] {
+        let [all_first, one_first] = both;
+        let has_all = caps.kinds.contains(TableKinds::PASID_TABLE);
+        let has_one = caps.kinds.contains(TableKinds::PAGE_TABLE);
+        let is_made = !caps.native.contains(TableKinds::PASID_TABLE);
+        match (has_all, has_one, all_first, one_first) {
+            (true, true, ..) if is_made && caps.native.contains(TableKinds::PAGE_TABLE) => one_first,
+            (true, true, ..) => all_first,
+            (true, false, [all @ .., _], _) => all,
+            (false, true, _, [one @ .., _]) => one,
+            _ => &[],
         }
+    }
+    const ARM: [&[u8]; 2] = [
+        &[numbers::FORMAT_ARM_SMMU3, numbers::FORMAT_ARM_PT],
+        &[numbers::FORMAT_ARM_PT, numbers::FORMAT_ARM_SMMU3],
+    ];
+    const INTEL: [&[u8]; 2] = [
+        &[numbers::FORMAT_INTEL_PASID_TABLE, numbers::FORMAT_INTEL_PT],
+        &[numbers::FORMAT_INTEL_PT, numbers::FORMAT_INTEL_PASID_TABLE],
+    ];
+    match tables {
+        TableCaps::Smmuv3(_) => pick(caps, ARM),
+        TableCaps::Vtd(vtd) if vtd.first_stage => pick(caps, INTEL),
         TableCaps::Vtd(_) => &[],
     }
 }

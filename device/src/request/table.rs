@@ -70,6 +70,7 @@ impl<H: Host> Device<H> {
             }
             self.bind_untagged(at, Target::Nothing)?;
             self.record_untagged(at, Bound::Nothing);
+            self.close_untagged_groups(at);
             return Ok(());
         }
         if !self.endpoints[at].pasids.contains_key(&pasid) {
@@ -80,14 +81,17 @@ impl<H: Host> Device<H> {
             self.page_tables = self.page_tables.saturating_sub(1);
             self.host.destroy(space);
         }
+        self.close_groups(at, |other| other == Some(pasid));
         Ok(())
     }
 
     /// From the guest's numbers to a table that the endpoint takes.
     fn check_table(&self, endpoint: EndpointId, table: &TableDescriptor) -> Result<Checked, Rejection> {
         let format = table.format();
-        let caps = self.host.caps(endpoint).and_then(|caps| caps.tables.as_ref());
-        let caps = caps.filter(|caps| probe::formats(caps).contains(&format));
+        let caps = self.host.caps(endpoint).and_then(|caps| {
+            let tables = caps.tables.as_ref()?;
+            probe::formats(tables, caps).contains(&format).then_some(tables)
+        });
         match (table, caps) {
             (TableDescriptor::Smmuv3 { ste0, ste1 }, Some(TableCaps::Smmuv3(caps))) => {
                 let table = smmuv3::CdTable::from_ste(*ste0, *ste1, caps).map_err(Rejection::Smmuv3)?;
@@ -99,14 +103,27 @@ impl<H: Host> Device<H> {
                 Ok(Checked { table: Canonical::VtdPasidTable(table), pasid: None })
             }
             (TableDescriptor::VtdPageTable(asked), Some(TableCaps::Vtd(caps))) => {
-                let (pasid, bits) = (asked.pasid, caps.pasid_bits);
-                if pasid.value().checked_shr(bits.into()).unwrap_or(0) != 0 {
-                    return Err(Rejection::PasidTooWide { pasid, bits });
-                }
+                let pasid = asked.pasid;
+                check_pasid(pasid, caps.pasid_bits)?;
                 let flags = vtd::FirstStageFlags::from_bits_retain(asked.flags);
                 let table =
                     vtd::FirstStage::new(asked.pgd, flags, asked.addr_width, caps).map_err(Rejection::Vtd)?;
                 Ok(Checked { table: Canonical::VtdFirstStage(table), pasid: Some(pasid) })
+            }
+            (TableDescriptor::ArmPageTable(asked), Some(TableCaps::Smmuv3(caps))) => {
+                check_pasid(asked.pasid, caps.ssid_bits)?;
+                let registers = smmuv3::PageTableRegisters {
+                    asid: asked.asid,
+                    tcr: asked.tcr.into(),
+                    ttbr0: asked.ttbr0,
+                    ttbr1: asked.ttbr1,
+                    mair: asked.mair,
+                };
+                // As PROBE tells them: what a guest is not told of, it does not get.
+                let told = caps.registers().filtered().with_output_bits(caps.oas_bits);
+                let told = smmuv3::Caps::from_registers(told);
+                let table = smmuv3::PageTable::new(&registers, &told).map_err(Rejection::Smmuv3PageTable)?;
+                Ok(Checked { table: Canonical::Smmuv3PageTable(table), pasid: Some(asked.pasid) })
             }
             _ => Err(Rejection::Format { endpoint, format }),
         }
@@ -165,6 +182,7 @@ impl<H: Host> Device<H> {
             self.forget_pasids(at);
         }
         self.record_untagged(at, bound(space));
+        self.close_untagged_groups(at); // Where PASIDs go, too, none is bound on its own any more.
         flushed.map_err(|stopped| Unbound::Forward(stopped.into()))
     }
 
@@ -215,6 +233,7 @@ impl<H: Host> Device<H> {
             Some(replaced) => self.host.destroy(replaced),
             None => self.page_tables += 1,
         }
+        self.close_groups(at, |other| !keep || release || other == Some(pasid));
         flushed.map_err(|stopped| Unbound::Forward(stopped.into()))
     }
 
@@ -239,6 +258,14 @@ impl<H: Host> Device<H> {
     fn unchanged(&mut self, space: H::Space, error: impl Into<Rejection>) -> Result<(), Unbound> {
         self.host.destroy(space);
         Err(Unbound::Unchanged(error.into()))
+    }
+}
+
+/// Whether the endpoint has the PASID that a page table is for.
+fn check_pasid(pasid: Pasid, bits: u8) -> Result<(), Rejection> {
+    match pasid.value().checked_shr(bits.into()) {
+        None | Some(0) => Ok(()),
+        Some(_) => Err(Rejection::PasidTooWide { pasid, bits }),
     }
 }
 

@@ -8,12 +8,13 @@ use viommu_wire::{Caches, EndpointId};
 
 use super::flush::Selector;
 use super::key::Key;
+use super::page_requests::Tickets;
 use super::port::{Port, Served};
 use super::space::{Kind, Space};
 use super::{SoftHost, Stage2};
 use crate::host::{
-    EndpointCaps, FaultReport, Host, HostError, Invalidation, MapError, Scope, SpaceSpec, Stopped, Stream,
-    TableCaps, UnmapError,
+    EndpointCaps, FaultReport, GroupResponse, Host, HostError, Invalidation, MapError, PageRequestReport,
+    Scope, SpaceSpec, Stopped, Stream, TableCaps, UnmapError,
 };
 use crate::mapping::Mapping;
 
@@ -36,7 +37,7 @@ impl<M: Stage2> Host for SoftHost<M> {
                 let caps = self.ports.get(&endpoint).and_then(|port| port.caps.tables.as_ref());
                 if !matches!(
                     (caps, table),
-                    (Some(TableCaps::Smmuv3(_)), Canonical::Smmuv3(_))
+                    (Some(TableCaps::Smmuv3(_)), Canonical::Smmuv3(_) | Canonical::Smmuv3PageTable(_))
                         | (
                             Some(TableCaps::Vtd(_)),
                             Canonical::VtdPasidTable(_) | Canonical::VtdFirstStage(_)
@@ -58,8 +59,14 @@ impl<M: Stage2> Host for SoftHost<M> {
         let Space(index) = space;
         if self.spaces.get(index).is_some_and(|space| space.bound > 0) {
             for port in self.ports.values_mut() {
-                port.untagged = port.untagged.filter(|&bound| bound != index);
-                port.tagged.retain(|_, bound| *bound != index);
+                if port.untagged == Some(index) {
+                    port.untagged = None;
+                    close_tickets(&mut self.tickets, port, None);
+                }
+                let Port { tagged, waiting, .. } = port;
+                self.tickets
+                    .close(waiting, |pasid| pasid.and_then(|pasid| tagged.get(&pasid)) == Some(&index));
+                tagged.retain(|_, bound| *bound != index);
             }
             self.flush();
         }
@@ -114,6 +121,7 @@ impl<M: Stage2> Host for SoftHost<M> {
         let served = port.served(&self.spaces, stream.pasid);
         let old = port.bound(stream.pasid);
         port.set_bound(stream.pasid, new);
+        close_tickets(&mut self.tickets, port, stream.pasid);
         if let Some(index) = old {
             self.spaces.count_unbound(index);
         }
@@ -135,6 +143,18 @@ impl<M: Stage2> Host for SoftHost<M> {
 
     fn next_fault(&mut self) -> Option<FaultReport> {
         self.faults.pop()
+    }
+
+    fn next_page_request(&mut self) -> Option<PageRequestReport> {
+        let ticket = self.tickets.next_unreported()?;
+        self.ports.get_mut(&ticket.endpoint)?.waiting.report(ticket)
+    }
+
+    fn respond(&mut self, response: &GroupResponse) -> Result<(), HostError> {
+        if let Some(port) = self.ports.get_mut(&response.stream.endpoint) {
+            self.tickets.respond(&mut port.waiting, response);
+        }
+        Ok(())
     }
 }
 
@@ -187,6 +207,16 @@ impl<M: Stage2> SoftHost<M> {
     }
 }
 
+/// Ends the waiting of what translated through the binding of `pasid`: with it, and, where that is `None`, with every
+/// PASID that is not bound on its own.
+fn close_tickets(tickets: &mut Tickets, port: &mut Port, pasid: Option<Pasid>) {
+    let Port { tagged, waiting, .. } = port;
+    match pasid {
+        Some(_) => tickets.close(waiting, |other| other == pasid),
+        None => tickets.close(waiting, |other| other.is_none_or(|other| !tagged.contains_key(&other))),
+    }
+}
+
 /// Whether translations of the endpoint carry an ASID.
 fn has_tags(port: &Port) -> bool {
     matches!(port.caps.tables, Some(TableCaps::Smmuv3(_)))
@@ -194,11 +224,8 @@ fn has_tags(port: &Port) -> bool {
 
 /// Whether what `table` itself takes up is guest memory.
 fn is_in_memory<M: Stage2>(memory: &M, table: &Canonical) -> bool {
-    let (first, size) = match table {
-        Canonical::Smmuv3(table) => table.extents(),
-        Canonical::VtdPasidTable(table) => table.extents(),
-        Canonical::VtdFirstStage(table) => table.extents(),
-    };
-    let last = size.checked_sub(1).and_then(|offset| first.checked_add(offset));
-    last.is_some_and(|Gpa(last)| memory.contains(first, Gpa(last)))
+    table.extents().all(|(first, size)| {
+        let last = size.checked_sub(1).and_then(|offset| first.checked_add(offset));
+        last.is_some_and(|Gpa(last)| memory.contains(first, Gpa(last)))
+    })
 }

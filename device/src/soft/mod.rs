@@ -53,8 +53,15 @@
 //! region faults as unmapped. A guest's table translates everything, except that an untagged write to the MSI region
 //! of an endpoint behind VT-d is an interrupt, which that hardware takes out before it translates.
 //!
+//! # Page requests
+//! An access of an endpoint with [`EndpointCaps::page_requests`] that a guest's page table does not let through, because
+//! nothing is mapped or the permission is missing, may wait for the guest instead of faulting: [`SoftHost::access`] gives
+//! a [`Ticket`], the device tells the driver, and [`SoftHost::answer`] says what came of it. Each is a group of its own.
+//! Accesses to one page hold one ticket. What the stream translates through is replaced or taken away: its tickets have
+//! failed. Through [`SoftHost::translate`] every fault is final, as for a device that cannot wait.
+//!
 //! # Not here
-//! Page requests (a fault is final), ATS, dirty tracking, memory attributes, and sharing between threads: a
+//! ATS, dirty tracking, memory attributes, and sharing between threads: a
 //! [`SoftHost`] has one user at a time, which is what pins a translation while it is used.
 //!
 //! [`Caches::PASID`]: viommu_wire::Caches::PASID
@@ -66,6 +73,7 @@ mod flush;
 mod front;
 mod host;
 mod key;
+mod page_requests;
 mod port;
 mod reserved;
 mod space;
@@ -80,6 +88,7 @@ mod walk_cache;
 pub use contexts::CONTEXT_SLOTS;
 pub use fault_log::MAX_PENDING_FAULTS;
 pub use front::FRONT_SLOTS;
+pub use page_requests::{AccessError, Answer, MAX_WAITING_PER_ENDPOINT, Ticket};
 pub use port::EndpointError;
 pub use space::{MAX_SPACES, Space};
 pub use stage2::{NoMemory, Stage2};
@@ -96,6 +105,7 @@ use contexts::Contexts;
 use fault_log::FaultLog;
 use front::Front;
 use key::Key;
+use page_requests::Tickets;
 use port::Port;
 use space::Spaces;
 use tlb::Tlb;
@@ -113,6 +123,7 @@ pub struct SoftHost<M> {
     tlb: Tlb,
     walks: WalkCache,
     faults: FaultLog,
+    tickets: Tickets,
 }
 
 /// Where an access leads, and how far.
@@ -138,6 +149,7 @@ impl<M: Stage2> SoftHost<M> {
             tlb: Tlb::new(),
             walks: WalkCache::new(),
             faults: FaultLog::new(),
+            tickets: Tickets::new(),
         }
     }
 
@@ -201,6 +213,49 @@ impl<M: Stage2> SoftHost<M> {
         self.piece(stream, iova, access).map(use_)
     }
 
+    /// The same for a device that can wait for a page: where the guest may put it there, it is asked, and the access is
+    /// to be tried again when [`answer`](Self::answer) says so.
+    ///
+    /// Whoever drives the device has to let it tell the driver: see [`Device::event_pending`](crate::Device). Only an
+    /// endpoint with [`EndpointCaps::page_requests`] waits; for others this is [`translate`](Self::translate).
+    ///
+    /// # Errors
+    /// Why the access faults, or the ticket to wait with. Of a fault the device is told.
+    #[inline]
+    pub fn access<R>(
+        &mut self,
+        stream: Stream,
+        iova: Iova,
+        access: Access,
+        use_: impl FnOnce(Piece) -> R,
+    ) -> Result<R, AccessError> {
+        let key = Key::new(stream.endpoint, stream.pasid);
+        match self.front.lookup(key, iova, access) {
+            Some(piece) => Ok(use_(piece)),
+            None => self
+                .miss(stream, iova, access)
+                .map(use_)
+                .map_err(|cause| self.wait(stream, iova, access, cause)),
+        }
+    }
+
+    /// What became of an access that waits. `None`: it still does.
+    ///
+    /// The answer is the same each time; of a ticket that was answered thousands of tickets ago it is
+    /// [`Answer::Retry`].
+    pub fn answer(&self, ticket: Ticket) -> Option<Answer> {
+        let waiting = self.ports.get(&ticket.endpoint).map(|port| &port.waiting);
+        match waiting.is_some_and(|waiting| waiting.is_open(ticket)) {
+            true => None,
+            false => Some(self.tickets.answer(ticket)),
+        }
+    }
+
+    /// For how many pages the accesses of `endpoint` wait.
+    pub fn waiting(&self, endpoint: EndpointId) -> usize {
+        self.ports.get(&endpoint).map_or(0, |port| port.waiting.len())
+    }
+
     /// Translates without telling the device of a fault, as a debugger would. The caches are used and filled.
     ///
     /// # Errors
@@ -256,6 +311,20 @@ impl<M: Stage2> SoftHost<M> {
     /// How many faults were lost because [`MAX_PENDING_FAULTS`] were waiting.
     pub const fn faults_dropped(&self) -> u64 {
         self.faults.dropped()
+    }
+
+    #[cold]
+    fn wait(&mut self, stream: Stream, iova: Iova, access: Access, cause: FaultCause) -> AccessError {
+        // An event names an endpoint that exists (D-56).
+        let Some(port) = self.ports.get_mut(&stream.endpoint) else { return cause.into() };
+        if port.caps.page_requests
+            && cause.is_recoverable()
+            && let Some(ticket) = self.tickets.open(&mut port.waiting, stream, iova, access)
+        {
+            return AccessError::Waits(ticket);
+        }
+        self.faults.push(stream, iova, access, cause);
+        cause.into()
     }
 
     #[inline]

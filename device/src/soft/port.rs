@@ -3,9 +3,9 @@
 use alloc::collections::BTreeMap;
 
 use pgtable_formats::Pasid;
-use pgtable_formats::context::Canonical;
 use viommu_wire::ReservedKind;
 
+use super::page_requests::Waiting;
 use super::space::{Kind, SpaceIndex, Spaces};
 use crate::host::EndpointCaps;
 
@@ -29,6 +29,8 @@ pub(super) struct Port {
     pub(super) caps: EndpointCaps,
     pub(super) untagged: Option<SpaceIndex>,
     pub(super) tagged: BTreeMap<Pasid, SpaceIndex>,
+    /// Its accesses that wait for a page.
+    pub(super) waiting: Waiting,
 }
 
 /// What serves a stream.
@@ -48,7 +50,7 @@ impl Port {
         if caps.reserved.iter().filter(|region| region.kind == ReservedKind::Msi).count() > 1 {
             return Err(EndpointError::TwoMsiRegions);
         }
-        Ok(Self { caps, untagged: None, tagged: BTreeMap::new() })
+        Ok(Self { caps, untagged: None, tagged: BTreeMap::new(), waiting: Waiting::default() })
     }
 
     /// What `pasid` (`None`: untagged accesses) translates through: what it is bound to itself, else what the untagged
@@ -59,8 +61,8 @@ impl Port {
         }
         let space = self.untagged?;
         let effective = match (&spaces.get(space)?.kind, pasid) {
-            (Kind::Table { table: Canonical::VtdFirstStage(_), .. }, None | Some(Pasid::ZERO)) => None,
-            (Kind::Table { table: Canonical::VtdFirstStage(_), .. }, Some(_)) => return None,
+            (Kind::Table { table, .. }, None | Some(Pasid::ZERO)) if !table.has_pasids() => None,
+            (Kind::Table { table, .. }, Some(_)) if !table.has_pasids() => return None,
             // An entry keeps its number where accesses with that PASID have lost it to the untagged ones.
             (Kind::Table { table, .. }, pasid) => table.effective_pasid(pasid).or(pasid),
             (Kind::Mapped(_), Some(_)) => return None,

@@ -6,7 +6,7 @@ use alloc::vec::Vec;
 use core::fmt::Write;
 
 use pgtable_formats::context::{Canonical, smmuv3, vtd};
-use viommu_wire::{EndpointId, IovaRange, ReservedRegion};
+use viommu_wire::{EndpointId, IovaRange, PageResponseCode, ReservedRegion};
 
 use crate::host::*;
 use crate::mapping::{Mapping, Mappings};
@@ -26,6 +26,12 @@ pub(super) struct TestHost {
     pub(super) last_failed: Option<&'static str>,
     pub(super) faults: VecDeque<FaultReport>,
     pub(super) invalidations: Vec<Invalidation>,
+    /// Page requests that were not handed out.
+    pub(super) page_requests: VecDeque<PageRequestReport>,
+    /// Groups that were handed out, or begun to be, and wait for an answer; with whether they are whole.
+    pub(super) open: BTreeMap<(Stream, u16), bool>,
+    /// Every answer to an open group.
+    pub(super) answers: Vec<GroupResponse>,
     /// How many of an invalidation batch are done before it stops; `None`: all.
     pub(super) stops: VecDeque<usize>,
 }
@@ -52,8 +58,27 @@ enum Content {
 
 impl TestHost {
     pub(super) fn with(mut self, id: u32, tables: Option<TableCaps>, reserved: Vec<ReservedRegion>) -> Self {
-        self.endpoints.insert(EndpointId(id), EndpointCaps { tables, reserved });
+        self.endpoints.insert(EndpointId(id), EndpointCaps { tables, reserved, ..EndpointCaps::default() });
         self
+    }
+
+    /// Lets the accesses of these endpoints wait for pages.
+    pub(super) fn waiting(mut self, endpoints: &[u32]) -> Self {
+        for &id in endpoints {
+            self.endpoints.get_mut(&EndpointId(id)).unwrap().page_requests = true;
+        }
+        self
+    }
+
+    /// Forgets what waits in `stream`, and what the stream served besides.
+    fn close(&mut self, stream: Stream) {
+        let bound = &self.bound;
+        let served = |other: Stream| {
+            let shares = stream.pasid.is_none() && !bound.contains_key(&other);
+            other.endpoint == stream.endpoint && (other == stream || shares)
+        };
+        self.page_requests.retain(|request| !served(request.stream));
+        self.open.retain(|&(other, _), _| !served(other));
     }
 
     /// Everything that a guest could notice, as text.
@@ -177,6 +202,7 @@ impl Host for TestHost {
                 self.bound.remove(&stream);
             }
         }
+        self.close(stream);
         Ok(())
     }
 
@@ -200,6 +226,30 @@ impl Host for TestHost {
 
     fn next_fault(&mut self) -> Option<FaultReport> {
         self.faults.pop_front()
+    }
+
+    fn next_page_request(&mut self) -> Option<PageRequestReport> {
+        let request = self.page_requests.pop_front()?;
+        let before = self.open.insert((request.stream, request.group), request.last);
+        assert_ne!(before, Some(true), "a script that uses a number twice");
+        Some(request)
+    }
+
+    fn respond(&mut self, response: &GroupResponse) -> Result<(), HostError> {
+        self.step("respond")?;
+        let GroupResponse { stream, group, code } = *response;
+        let Some(is_whole) = self.open.remove(&(stream, group)) else { return Ok(()) };
+        self.answers.push(*response);
+        if !is_whole {
+            assert_ne!(code, PageResponseCode::Success, "a group is answered as a whole");
+            let mut is_rest = true;
+            self.page_requests.retain(|request| {
+                let goes = is_rest && (request.stream, request.group) == (stream, group);
+                is_rest &= !(goes && request.last);
+                !goes
+            });
+        }
+        Ok(())
     }
 }
 

@@ -5,6 +5,7 @@ mod config;
 mod event;
 mod failure;
 mod host;
+mod page_requests;
 mod probe;
 mod sequence;
 mod table;

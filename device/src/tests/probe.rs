@@ -34,7 +34,7 @@ fn handover_properties_need_the_feature() {
     assert_eq!(smmuv3[0], Property::ReservedRegion(MSI));
     assert!(matches!(smmuv3[1], Property::HwArmSmmu3 { .. }));
     assert_eq!(smmuv3[2], Property::PasidSize { bits: 20 });
-    assert_eq!(smmuv3[3], Property::TableFormats(TableFormats::new(&[1]).unwrap()));
+    assert_eq!(smmuv3[3], Property::TableFormats(TableFormats::new(&[1, 0x80]).unwrap()));
     let vtd = properties(&mut device, 16);
     assert!(matches!(vtd[0], Property::HwIntelVtd { .. }));
     assert_eq!(vtd[1], Property::PasidSize { bits: 20 });

@@ -263,6 +263,11 @@ layouts! {
         /// `@8` formats that ATTACH_TABLE takes; unused places are 0.
         formats: [u8; 8],
     }
+    /// PAGE_REQUESTS (private), after its header.
+    PageRequestsLayout: 4 {
+        /// `@4` bits 0 SUPPORTED, 1 PASID_IN_RESPONSE.
+        flags: U32,
+    }
     /// Fault event (virtio 1.4, 5.13.6.8, with the PASID of the 2023 proposal).
     FaultEventLayout: 24 {
         /// `@0` 0 UNKNOWN, 1 DOMAIN, 2 MAPPING.

@@ -46,7 +46,9 @@ pub use invalidate::{Caches, Invalidate, InvalidateScope};
 pub use kind::RequestType;
 pub use page_response::{PageResponse, PageResponseCode};
 pub use pgtable_formats::{Gpa, Iova, IovaRange, Pasid};
-pub use probe::{Properties, Property, PropertyError, ReservedKind, ReservedRegion, TableFormats};
+pub use probe::{
+    PageRequestFlags, Properties, Property, PropertyError, ReservedKind, ReservedRegion, TableFormats,
+};
 pub use request::{Attach, AttachFlags, AttachTable, Detach, Encoded, Map, MapFlags, Probe, Request, Unmap};
 pub use status::{Status, Tail};
 pub use table::{ArmPageTable, TableDescriptor, VtdPageTable, VtdPasidTable};

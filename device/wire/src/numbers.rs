@@ -39,6 +39,8 @@ pub const PROBE_HW_INTEL_VTD: u16 = 3;
 pub const PROBE_PASID_SIZE: u16 = 0x800;
 /// Formats that ATTACH_TABLE takes for the endpoint (**private**).
 pub const PROBE_TABLE_FORMATS: u16 = 0x801;
+/// What the endpoint does with page requests (**private**).
+pub const PROBE_PAGE_REQUESTS: u16 = 0x802;
 
 /// RESV_MEM subtype: never to be mapped (ratified).
 pub const RESV_MEM_RESERVED: u8 = 0;

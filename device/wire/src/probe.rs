@@ -6,8 +6,8 @@ use pgtable_formats::{Iova, IovaRange};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::layout::{
-    HwArmSmmu3Layout, HwIntelVtdLayout, PasidSizeLayout, PropertyHeadLayout, ReservedRegionLayout,
-    TableFormatsLayout,
+    HwArmSmmu3Layout, HwIntelVtdLayout, PageRequestsLayout, PasidSizeLayout, PropertyHeadLayout,
+    ReservedRegionLayout, TableFormatsLayout,
 };
 use crate::numbers;
 
@@ -44,6 +44,19 @@ pub enum Property {
     },
     /// The formats that ATTACH_TABLE takes.
     TableFormats(TableFormats),
+    /// What the endpoint does with page requests.
+    PageRequests(PageRequestFlags),
+}
+
+bitflags::bitflags! {
+    /// What an endpoint does with page requests (private). Bits that are not known are ignored.
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+    pub struct PageRequestFlags: u32 {
+        /// Its accesses can wait for a page.
+        const SUPPORTED = 1 << 0;
+        /// A response has to repeat the PASID of the request.
+        const PASID_IN_RESPONSE = 1 << 1;
+    }
 }
 
 /// A region of I/O virtual addresses that the driver must not map.
@@ -106,6 +119,7 @@ impl Property {
                 Self::HwIntelVtd { .. } => size_of::<HwIntelVtdLayout>(),
                 Self::PasidSize { .. } => size_of::<PasidSizeLayout>(),
                 Self::TableFormats(_) => size_of::<TableFormatsLayout>(),
+                Self::PageRequests(_) => size_of::<PageRequestsLayout>(),
             }
     }
 
@@ -153,6 +167,9 @@ impl Property {
                 numbers::PROBE_TABLE_FORMATS,
                 &TableFormatsLayout { reserved: [0; 4], formats: formats.0 },
             ),
+            Self::PageRequests(flags) => {
+                put(area, numbers::PROBE_PAGE_REQUESTS, &PageRequestsLayout { flags: flags.bits().into() })
+            }
         }
     }
 
@@ -193,6 +210,10 @@ impl Property {
             numbers::PROBE_TABLE_FORMATS => {
                 let layout: TableFormatsLayout = read(kind, value)?;
                 Ok(Self::TableFormats(TableFormats(layout.formats)))
+            }
+            numbers::PROBE_PAGE_REQUESTS => {
+                let layout: PageRequestsLayout = read(kind, value)?;
+                Ok(Self::PageRequests(PageRequestFlags::from_bits_truncate(layout.flags.get())))
             }
             kind => Err(PropertyError::Unknown { kind }),
         }

@@ -8,9 +8,9 @@
 use viommu_wire::{
     AccessFlags, ArmPageTable, Attach, AttachFlags, AttachTable, Caches, Config, Detach, DomainId,
     DomainRange, EndpointId, Event, FaultEvent, FaultReason, Gpa, Invalidate, InvalidateScope, Iova,
-    IovaRange, Map, MapFlags, PageRequest, PageResponse, PageResponseCode, Pasid, Probe, Properties,
-    Property, Request, ReservedKind, ReservedRegion, Status, TableDescriptor, TableFormats, Tail, Unmap,
-    VtdPageTable, VtdPasidTable,
+    IovaRange, Map, MapFlags, PageRequest, PageRequestFlags, PageResponse, PageResponseCode, Pasid, Probe,
+    Properties, Property, Request, ReservedKind, ReservedRegion, Status, TableDescriptor, TableFormats, Tail,
+    Unmap, VtdPageTable, VtdPasidTable,
 };
 
 /// Bytes from hex digits; blanks are for the reader.
@@ -235,6 +235,12 @@ fn table_formats() {
     property(Property::TableFormats(formats), &hex("0108 0c00 00000000 8102000000000000"));
 }
 
+#[test]
+fn page_requests() {
+    property(Property::PageRequests(PageRequestFlags::empty()), &hex("0208 0400 00000000"));
+    property(Property::PageRequests(PageRequestFlags::all()), &hex("0208 0400 03000000"));
+}
+
 #[track_caller]
 fn event(meaning: Event, bytes: &[u8]) {
     let mut buffer = [0xaa; 48];
@@ -279,6 +285,22 @@ fn page_request() {
         private_data: None,
     };
     let bytes = padded("02000000 32070000 08000000 05000000 00100000007f0000 0300", 48);
+    event(Event::PageRequest(asked), &bytes);
+}
+
+#[test]
+fn page_request_with_private_data() {
+    let asked = PageRequest {
+        access: AccessFlags::READ | AccessFlags::EXEC | AccessFlags::PRIVILEGED,
+        endpoint: EndpointId(16),
+        pasid: None,
+        address: Iova(0x1000),
+        group_id: 0x1ff,
+        last: false,
+        private_data: Some([1, 2]),
+    };
+    let bytes = hex("02000000 2d0d0000 10000000 00000000 0010000000000000
+        ff01 000000000000 0100000000000000 0200000000000000");
     event(Event::PageRequest(asked), &bytes);
 }
 

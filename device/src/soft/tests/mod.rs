@@ -3,6 +3,7 @@
 mod binding;
 mod caches;
 mod model;
+mod page_requests;
 mod reserved;
 mod translate;
 
@@ -87,7 +88,7 @@ fn endpoint_caps(arch: Arch, reserved: Vec<ReservedRegion>) -> EndpointCaps {
         Arch::Arm => TableCaps::Smmuv3(arm_caps()),
         Arch::Vtd => TableCaps::Vtd(vtd_caps()),
     };
-    EndpointCaps { tables: Some(tables), reserved }
+    EndpointCaps { tables: Some(tables), reserved, ..EndpointCaps::default() }
 }
 
 /// The page table of one process.

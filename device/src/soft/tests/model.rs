@@ -138,7 +138,7 @@ impl Guest {
         match &self.world.table {
             Canonical::Smmuv3(cds) => drop(cds.clear(&self.world.memory, number).unwrap()),
             Canonical::VtdPasidTable(entries) => drop(entries.clear(&self.world.memory, number).unwrap()),
-            Canonical::VtdFirstStage(_) => {}
+            Canonical::Smmuv3PageTable(_) | Canonical::VtdFirstStage(_) => {}
         }
         if let Some(table) = table {
             self.world.set_context(pasid, asid(table), self.tables[usize::from(table)]);

@@ -94,7 +94,7 @@ fn a_guest_table_translates_everything_but_interrupts_of_vtd() {
 #[test]
 fn endpoints_are_checked() {
     let mut host = SoftHost::new(Memory::new());
-    let caps = |reserved| EndpointCaps { tables: None, reserved };
+    let caps = |reserved| EndpointCaps { reserved, ..EndpointCaps::default() };
     let (msi, reserved) = (ReservedKind::Msi, ReservedKind::Reserved);
     let overlapping = caps(vec![region(reserved, 0x1000, 0x1fff), region(reserved, 0x1fff, 0x2fff)]);
     assert_eq!(host.add_endpoint(ENDPOINT, overlapping), Err(EndpointError::ReservedOverlap));
