@@ -4,6 +4,8 @@
 //! - [`RequestQueue`] and [`EventQueue`] are the queues alone, over any handler.
 //! - [`GuestTables`] gives a [`SoftHost`](viommu_device::soft::SoftHost) the guest's memory.
 //! - [`SharedIommu`] and [`StreamIommu`] put any device that is built on vm-memory behind the IOMMU ([`vm_memory::Iommu`]).
+//! - [`PagedIommu`] does the same for accesses that wait for the guest to put a page there, with a PASID or without.
+//! - [`record`] writes down what guest and devices do with the IOMMU, where that is asked for.
 //! - `loopback`, a module behind the feature of that name, puts a guest's driver and the device into one process: for tests,
 //!   demonstrations, and a VMM that wants to test itself.
 //!
@@ -62,8 +64,11 @@ mod guest_tables;
 mod kick;
 #[cfg(feature = "loopback")]
 pub mod loopback;
+mod paged;
+pub mod record;
 mod request_queue;
 mod ring;
+mod sync;
 mod translated;
 mod view;
 mod virtio_iommu;
@@ -73,6 +78,7 @@ pub use error::{ChainError, QueueError, RingPart};
 pub use event_queue::{EVENT_LIMIT, EventQueue};
 pub use guest_tables::GuestTables;
 pub use kick::{Kick, MAX_PASSES};
+pub use paged::{DmaError, PagedIommu};
 pub use request_queue::{READABLE_LIMIT, RequestQueue};
 pub use translated::{Exclusive, GIVE_WAY, MAX_ACCESS, Pinned, SharedIommu, StreamIommu, Translate};
 pub use virtio_iommu::{DEVICE_ID, EVENT_QUEUE, Notify, REQUEST_QUEUE, VirtioIommu};

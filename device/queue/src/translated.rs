@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::ops::{Deref, DerefMut};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use pgtable_formats::{Access, AccessKind, Iova, IovaRange};
@@ -12,6 +12,7 @@ use viommu_device::soft::{SoftHost, Stage2};
 use vm_memory::iommu::{Error, IotlbIterator, IovaRange as VmIovaRange};
 use vm_memory::{GuestAddress, Iommu, Iotlb, Permissions};
 
+use crate::sync::{Condvar, Mutex, MutexGuard};
 use crate::virtio_iommu::VirtioIommu;
 
 /// Longest single access, in bytes: it is translated page by page while others wait.
@@ -68,23 +69,30 @@ impl<H: Host + Translate> Translate for VirtioIommu<H> {
 /// not cover slices that are kept after their iterator is gone, as `virtio_queue`'s `Reader` and `Writer` keep them:
 /// a device that keeps them must let go of them before its VMM calls `lock`. A thread that calls `lock` while it holds
 /// such an iterator deadlocks.
+///
+/// Whoever waits for a page ([`PagedIommu`](crate::PagedIommu)) has neither the lock nor a pin meanwhile, and looks for
+/// the answer when a `lock` ends.
 pub struct SharedIommu<T> {
-    inner: Arc<Inner<T>>,
+    pub(crate) inner: Arc<Inner<T>>,
 }
 
-struct Inner<T> {
+pub(crate) struct Inner<T> {
     state: Mutex<State<T>>,
     /// The last pin is gone.
     unpinned: Condvar,
     /// No thread waits for that any more.
     let_in: Condvar,
-    on_fault: Box<dyn Fn() + Send + Sync>,
+    /// Somebody had the value exclusively: page requests may have been answered.
+    pub(crate) answered: Condvar,
+    pub(crate) on_fault: Box<dyn Fn() + Send + Sync>,
 }
 
-struct State<T> {
-    value: T,
+pub(crate) struct State<T> {
+    pub(crate) value: T,
     /// Translations in use.
     pins: usize,
+    /// Threads that wait for the answer to a page request. They have no pin.
+    pub(crate) parked: usize,
     /// Threads in [`SharedIommu::lock`] that wait for that to be 0. To notify nobody costs a system call, too.
     waiting: usize,
 }
@@ -95,15 +103,16 @@ impl<T> SharedIommu<T> {
         Self::with_fault_notice(value, || ())
     }
 
-    /// Shares `value`, and calls `on_fault` on the thread of an access that faulted, after the fault was recorded: the
-    /// place to wake the thread that delivers events. It must not use the value itself.
+    /// Shares `value`, and calls `on_fault` on the thread of an access that faulted, after the fault was recorded, or
+    /// that has to wait for a page: the place to wake the thread that delivers events. It must not use the value itself.
     pub fn with_fault_notice(value: T, on_fault: impl Fn() + Send + Sync + 'static) -> Self {
-        let state = Mutex::new(State { value, pins: 0, waiting: 0 });
+        let state = Mutex::new(State { value, pins: 0, parked: 0, waiting: 0 });
         Self {
             inner: Arc::new(Inner {
                 state,
                 unpinned: Condvar::new(),
                 let_in: Condvar::new(),
+                answered: Condvar::new(),
                 on_fault: Box::new(on_fault),
             }),
         }
@@ -121,7 +130,7 @@ impl<T> SharedIommu<T> {
                 self.inner.let_in.notify_all();
             }
         }
-        Exclusive { state }
+        Exclusive { inner: &self.inner, state }
     }
 
     /// The accesses of `stream`, unprivileged ones.
@@ -133,18 +142,24 @@ impl<T> SharedIommu<T> {
 impl<T> Inner<T> {
     /// A thread that panicked in the middle of something has not changed the pins; and to let nobody in any more
     /// would only move the panic.
-    fn state(&self) -> MutexGuard<'_, State<T>> {
+    pub(crate) fn state(&self) -> MutexGuard<'_, State<T>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// For a new translation: lets threads in [`SharedIommu::lock`] go first, for a while.
-    fn state_after_others(&self) -> MutexGuard<'_, State<T>> {
+    pub(crate) fn state_after_others(&self) -> MutexGuard<'_, State<T>> {
         let state = self.state();
         if state.waiting == 0 {
             return state;
         }
         let waited = self.let_in.wait_timeout_while(state, GIVE_WAY, |state| state.waiting > 0);
         waited.unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    /// Pins what `iotlb` holds, which was looked up in `state`.
+    pub(crate) fn pin<'a>(&'a self, mut state: MutexGuard<'a, State<T>>, iotlb: Iotlb) -> Pinned<'a, T> {
+        state.pins += 1;
+        Pinned { inner: self, iotlb }
     }
 }
 
@@ -162,6 +177,7 @@ impl<T> fmt::Debug for SharedIommu<T> {
 
 /// The shared value, to one user, while no translation is in use.
 pub struct Exclusive<'a, T> {
+    inner: &'a Inner<T>,
     state: MutexGuard<'a, State<T>>,
 }
 
@@ -176,6 +192,15 @@ impl<T> Deref for Exclusive<'_, T> {
 impl<T> DerefMut for Exclusive<'_, T> {
     fn deref_mut(&mut self) -> &mut T {
         &mut self.state.value
+    }
+}
+
+impl<T> Drop for Exclusive<'_, T> {
+    /// Answers come from here alone.
+    fn drop(&mut self) {
+        if self.state.parked > 0 {
+            self.inner.answered.notify_all();
+        }
     }
 }
 
@@ -206,7 +231,7 @@ impl<T> DerefMut for Exclusive<'_, T> {
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub struct StreamIommu<T> {
-    shared: SharedIommu<T>,
+    pub(crate) shared: SharedIommu<T>,
     stream: Stream,
     privileged: bool,
 }
@@ -221,6 +246,11 @@ impl<T> StreamIommu<T> {
     /// Whose accesses.
     pub fn stream(&self) -> Stream {
         self.stream
+    }
+
+    /// Whether they are privileged ones.
+    pub fn is_privileged(&self) -> bool {
+        self.privileged
     }
 }
 
@@ -251,6 +281,21 @@ impl<T: Translate + Send> Iommu for StreamIommu<T> {
         length: usize,
         access: Permissions,
     ) -> Result<IotlbIterator<Pinned<'_, T>>, Error> {
+        self.translate_observed(iova, length, access, |_| ())
+    }
+}
+
+impl<T: Translate + Send> StreamIommu<T> {
+    /// [`Iommu::translate`]; `observe` gets what came out, while the value is locked.
+    // Always: what it returns is large, and is not to be copied for the sake of an observer that is not there.
+    #[inline(always)]
+    pub(crate) fn translate_observed(
+        &self,
+        iova: GuestAddress,
+        length: usize,
+        access: Permissions,
+        observe: impl FnOnce(Result<(), FaultCause>),
+    ) -> Result<IotlbIterator<Pinned<'_, T>>, Error> {
         let inner = &*self.shared.inner;
         let refuse =
             |reason: String| Error::CannotResolve { iova_range: VmIovaRange { base: iova, length }, reason };
@@ -265,15 +310,14 @@ impl<T: Translate + Send> Iommu for StreamIommu<T> {
         let mut state = inner.state_after_others();
         if let Some(range) = IovaRange::from_length(Iova(iova.0), length as u64) {
             let result = self.fill(&mut state.value, range, access, &mut iotlb);
+            observe(result);
             if let Err(cause) = result {
                 drop(state);
                 (inner.on_fault)();
                 return Err(refuse(cause.to_string()));
             }
         }
-        state.pins += 1;
-        drop(state);
-        let pinned = Pinned { inner, iotlb };
+        let pinned = inner.pin(state, iotlb);
         Iotlb::lookup(pinned, iova, length, access).map_err(|_| refuse("the answer has a gap".into()))
     }
 }
@@ -286,13 +330,7 @@ impl<T: Translate> StreamIommu<T> {
         access: Permissions,
         iotlb: &mut Iotlb,
     ) -> Result<(), FaultCause> {
-        let kinds: &[AccessKind] = match access {
-            // Whether there is anything at all.
-            Permissions::No | Permissions::Read => &[AccessKind::Read],
-            Permissions::Write => &[AccessKind::Write],
-            Permissions::ReadWrite => &[AccessKind::Read, AccessKind::Write],
-        };
-        for &kind in kinds {
+        for &kind in kinds(access) {
             let access_of_kind = Access { kind, privileged: self.privileged };
             // The guest may change its tables between the two: the later answer counts.
             iotlb.invalidate_all();
@@ -303,6 +341,16 @@ impl<T: Translate> StreamIommu<T> {
             })?;
         }
         Ok(())
+    }
+}
+
+/// What an access does, one after the other.
+pub(crate) const fn kinds(access: Permissions) -> &'static [AccessKind] {
+    match access {
+        // Whether there is anything at all.
+        Permissions::No | Permissions::Read => &[AccessKind::Read],
+        Permissions::Write => &[AccessKind::Write],
+        Permissions::ReadWrite => &[AccessKind::Read, AccessKind::Write],
     }
 }
 

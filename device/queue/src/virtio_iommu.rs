@@ -1,13 +1,16 @@
 //! The device with its two queues, as a VMM's transport uses it.
 
+use std::sync::Arc;
+
 use viommu_device::host::Host;
 use viommu_device::wire::{Tail, numbers};
-use viommu_device::{Device, FeatureError, Features, Status};
+use viommu_device::{Device, FeatureError, Features, Handled, Status};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestMemoryBackend;
 
 use crate::error::QueueError;
 use crate::event_queue::EventQueue;
+use crate::record::{Event, Recorder};
 use crate::request_queue::RequestQueue;
 
 /// A virtio-iommu behind a transport (PCI or MMIO, the VMM's own).
@@ -18,6 +21,7 @@ pub struct VirtioIommu<H: Host> {
     device: Device<H>,
     requests: RequestQueue,
     events: EventQueue,
+    recorder: Option<Arc<dyn Recorder>>,
 }
 
 /// What the transport must do after a kick.
@@ -55,7 +59,7 @@ impl<H: Host> VirtioIommu<H> {
         // No answer is longer than that of PROBE.
         let longest = (device.config().probe_size as usize).saturating_add(Tail::LEN);
         let requests = RequestQueue::new(queue_size, longest)?;
-        Ok(Self { device, requests, events: EventQueue::new(queue_size)? })
+        Ok(Self { device, requests, events: EventQueue::new(queue_size)?, recorder: None })
     }
 
     /// The device behind the queues.
@@ -103,6 +107,17 @@ impl<H: Host> VirtioIommu<H> {
         }
     }
 
+    /// Tells `recorder` of all requests, kicks and resets from now on; `None`: nobody, which is so at first. For accesses,
+    /// see [`RecordedIommu`](crate::record::RecordedIommu).
+    pub fn set_recorder(&mut self, recorder: Option<Arc<dyn Recorder>>) {
+        self.recorder = recorder;
+    }
+
+    /// Who is told, if anybody.
+    pub fn recorder(&self) -> Option<&Arc<dyn Recorder>> {
+        self.recorder.as_ref()
+    }
+
     /// The driver kicked the request queue: answers all requests that are there. Events that come of it are delivered,
     /// too.
     ///
@@ -110,16 +125,20 @@ impl<H: Host> VirtioIommu<H> {
     /// Where the request queue is unusable; the transport may set DEVICE_NEEDS_RESET.
     pub fn kick_requests<M: GuestMemoryBackend>(&mut self, memory: &M) -> Result<Notify, QueueError> {
         let device = &mut self.device;
-        let kick = self.requests.kick(memory, |readable, writable| {
-            let handled = device.handle(readable, writable);
-            if let Some(rejection) = handled.rejection {
-                match rejection.status() {
-                    Some(Status::DevErr) => tracing::warn!(%rejection, "request failed"),
-                    status => tracing::debug!(%rejection, ?status, "request rejected"),
-                }
+        let kick = match self.recorder.as_deref() {
+            None => {
+                self.requests.kick(memory, |readable, writable| answer(device, readable, writable).used)?
             }
-            handled.used
-        })?;
+            Some(recorder) => {
+                let kick = self.requests.kick(memory, |readable, writable| {
+                    let handled = answer(device, readable, writable);
+                    recorder.record(Event::Request { readable, status: status(handled) });
+                    handled.used
+                })?;
+                recorder.record(Event::Kick { served: kick.served, notify: kick.notify });
+                kick
+            }
+        };
         let Notify { events, again, .. } = self.deliver(memory);
         Ok(Notify { requests: kick.notify, events, again: kick.again || again, served: kick.served })
     }
@@ -147,6 +166,9 @@ impl<H: Host> VirtioIommu<H> {
     }
 
     fn reset_queues(&mut self) {
+        if let Some(recorder) = &self.recorder {
+            recorder.record(Event::Reset);
+        }
         self.requests.queue_mut().reset();
         self.events.queue_mut().reset();
     }
@@ -160,6 +182,27 @@ impl<H: Host> VirtioIommu<H> {
             tracing::warn!(queue = "event", %error, "events are kept");
             Notify::default()
         })
+    }
+}
+
+/// One request, and a word in the log where it was rejected.
+fn answer<H: Host>(device: &mut Device<H>, readable: &[u8], writable: &mut [u8]) -> Handled {
+    let handled = device.handle(readable, writable);
+    if let Some(rejection) = handled.rejection {
+        match rejection.status() {
+            Some(Status::DevErr) => tracing::warn!(%rejection, "request failed"),
+            status => tracing::debug!(%rejection, ?status, "request rejected"),
+        }
+    }
+    handled
+}
+
+/// What the driver is told.
+fn status(handled: Handled) -> Option<Status> {
+    match handled.rejection {
+        _ if handled.used == 0 => None,
+        None => Some(Status::Ok),
+        Some(rejection) => Some(rejection.status().unwrap_or(Status::DevErr)),
     }
 }
 

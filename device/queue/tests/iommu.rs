@@ -12,7 +12,7 @@ use driver::{BASE, BUFFERS, BYTES, Driver, END, WRITE, memory};
 use pgtable_formats::{AccessKind, Gpa, IovaRange, NotMemory, Pasid, TableMem};
 use viommu_device::host::{
     EndpointCaps, FaultCause, FaultReport, Host, HostError, Invalidation, MapError, SpaceSpec, Stopped,
-    Stream, UnmapError,
+    Stream, TableKinds, UnmapError,
 };
 use viommu_device::mapping::Mapping;
 use viommu_device::soft::{SoftHost, Stage2};
@@ -154,7 +154,13 @@ impl Host for EagerDriver {
     }
 
     fn caps(&self, _: EndpointId) -> Option<&EndpointCaps> {
-        static CAPS: EndpointCaps = EndpointCaps { tables: None, reserved: Vec::new() };
+        static CAPS: EndpointCaps = EndpointCaps {
+            tables: None,
+            kinds: TableKinds::all(),
+            native: TableKinds::all(),
+            reserved: Vec::new(),
+            page_requests: false,
+        };
         Some(&CAPS)
     }
 

@@ -1,5 +1,7 @@
 //! The VMM's side.
 
+use std::time::Duration;
+
 use pgtable_formats::{Access, Gpa, Iova};
 use viommu_device::host::{FaultCause, Host, Stream};
 use viommu_device::soft::{SoftHost, Stage2};
@@ -13,6 +15,8 @@ use super::memory::Memory;
 use super::transport::Port;
 use crate::error::QueueError;
 use crate::guest_tables::GuestTables;
+use crate::paged::PagedIommu;
+use crate::record::RecordedIommu;
 use crate::translated::{Exclusive, SharedIommu, StreamIommu, Translate};
 use crate::virtio_iommu::{Notify, VirtioIommu};
 
@@ -73,6 +77,21 @@ where
     /// Guest memory as an emulated device behind the IOMMU has it.
     pub fn behind(&self, stream: Stream) -> IommuMemory<GuestMemoryMmap, StreamIommu<VirtioIommu<H>>> {
         IommuMemory::new(self.memory.map().clone(), self.iommu.stream(stream), true, ())
+    }
+
+    /// The accesses of a device that waits for pages, up to `patience` each, see [`PagedIommu`].
+    pub fn paged(&self, stream: Stream, patience: Duration) -> PagedIommu<VirtioIommu<H>> {
+        self.iommu.stream(stream).paged(patience)
+    }
+
+    /// The same as [`behind`](Self::behind); accesses are told to the recorder of requests, too, if the [`VirtioIommu`] has one now. As
+    /// [`lock`](Self::lock), it waits for accesses that are under way.
+    pub fn behind_recorded(
+        &self,
+        stream: Stream,
+    ) -> IommuMemory<GuestMemoryMmap, RecordedIommu<VirtioIommu<H>>> {
+        let recorder = self.lock().recorder().cloned();
+        IommuMemory::new(self.memory.map().clone(), self.iommu.stream(stream).recorded(recorder), true, ())
     }
 }
 
