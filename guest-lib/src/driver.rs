@@ -14,7 +14,8 @@ use crate::requester::{Counters, Requester};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DriverOptions {
     /// Features to accept where they are offered. INPUT_RANGE, DOMAIN_RANGE and PROBE are always accepted, and
-    /// what this library cannot do never is.
+    /// what this library cannot do never is. Who accepts PAGE_REQUEST answers page requests: see [`sva`](crate::sva), or
+    /// [`Driver::respond`].
     pub features: Features,
     /// Features without which bring-up fails.
     pub required: Features,
@@ -31,7 +32,7 @@ impl Default for DriverOptions {
     }
 }
 
-/// Everything this library knows how to use. BYPASS is superseded and never used; page requests are not written yet.
+/// Everything this library knows how to use. BYPASS is superseded and never used.
 const SUPPORTED: Features = Features::INPUT_RANGE
     .union(Features::DOMAIN_RANGE)
     .union(Features::MAP_UNMAP)
@@ -39,6 +40,7 @@ const SUPPORTED: Features = Features::INPUT_RANGE
     .union(Features::MMIO)
     .union(Features::BYPASS_CONFIG)
     .union(Features::ATTACH_TABLE)
+    .union(Features::PAGE_REQUEST)
     .union(Features::RING_INDIRECT_DESC)
     .union(Features::RING_EVENT_IDX)
     .union(Features::VERSION_1)
@@ -163,7 +165,7 @@ impl<P: Platform, T: Transport> Driver<P, T> {
         transport.enable_queue(numbers::REQUEST_QUEUE, requests.layout())?;
 
         let size = queue_size(transport, numbers::EVENT_QUEUE, options.event_queue, 1)?;
-        let mut events = EventRing::new(memory, alloc, size, event_idx)?;
+        let mut events = EventRing::new(memory, alloc, size, features)?;
         transport.enable_queue(numbers::EVENT_QUEUE, events.layout())?;
         transport.start();
         if events.post(memory)? {

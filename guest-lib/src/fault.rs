@@ -1,15 +1,22 @@
-//! Faults: what the device tells the driver unasked.
+//! Faults and page requests: what the device tells the driver unasked.
+
+use alloc::collections::VecDeque;
 
 use pgtable_formats::TableAlloc;
-use viommu_wire::{Event, Gpa, numbers};
+use viommu_wire::{Event, Features, Gpa, numbers};
 
 use crate::Driver;
 use crate::hal::{GuestMem, Platform, QueueLayout, Transport};
 use crate::queue::{self, Buffer, Queue, QueueError, QueueOptions};
 
-/// Bytes of an event buffer: the longest record that is known, a page request.
-const BUFFER: u32 = 48;
+/// Bytes of an event buffer where PAGE_REQUEST was negotiated, and where it was not.
+const PAGE_REQUEST: u32 = 48;
+const FAULT: u32 = 24;
 const BUFFER_STRIDE: u64 = 64;
+
+/// Most events that are kept for [`Driver::handle_events`] after something else took them out of the queue. Where so many
+/// are kept, the others stay in the queue.
+pub const MAX_KEPT_EVENTS: usize = 1 << 10;
 
 /// What became of events so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -20,11 +27,28 @@ pub struct EventCounters {
     pub ignored: u64,
 }
 
+/// Why events were not all taken out of the queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SweepError {
+    /// [`MAX_KEPT_EVENTS`] wait to be handled.
+    Kept,
+    Queue(QueueError),
+}
+
+impl From<QueueError> for SweepError {
+    fn from(error: QueueError) -> Self {
+        Self::Queue(error)
+    }
+}
+
 /// The event queue with a buffer for every descriptor.
 #[derive(Debug)]
 pub(crate) struct EventRing {
     queue: Queue,
     buffers: Gpa,
+    buffer_length: u32,
+    /// Taken out of the queue, oldest first, but not delivered yet.
+    kept: VecDeque<Event>,
     counters: EventCounters,
 }
 
@@ -33,12 +57,14 @@ impl EventRing {
         memory: &M,
         alloc: &mut A,
         size: u16,
-        event_idx: bool,
+        features: Features,
     ) -> Result<Self, QueueError> {
+        let event_idx = features.contains(Features::RING_EVENT_IDX);
+        let buffer_length = if features.contains(Features::PAGE_REQUEST) { PAGE_REQUEST } else { FAULT };
         let queue =
             Queue::new(memory, alloc, size, QueueOptions { event_idx, indirect: 0, interrupts: true })?;
         let buffers = queue::allocate(alloc, BUFFER_STRIDE * u64::from(size))?;
-        Ok(Self { queue, buffers, counters: EventCounters::default() })
+        Ok(Self { queue, buffers, buffer_length, kept: VecDeque::new(), counters: EventCounters::default() })
     }
 
     pub(crate) const fn layout(&self) -> QueueLayout {
@@ -48,7 +74,7 @@ impl EventRing {
     /// Gives the device every buffer that it does not have. `true`: it wants to be notified.
     pub(crate) fn post<M: GuestMem>(&mut self, memory: &M) -> Result<bool, QueueError> {
         while let Some(head) = self.queue.next_head(1) {
-            let buffer = Buffer { at: self.buffer(head), length: BUFFER };
+            let buffer = Buffer { at: self.buffer(head), length: self.buffer_length };
             self.queue.add(memory, &[], &[buffer])?;
         }
         self.queue.publish(memory)
@@ -64,13 +90,16 @@ impl EventRing {
         let Some(used) = self.queue.collect(memory)? else {
             return Ok(None);
         };
-        let mut bytes = [0; BUFFER as usize];
-        memory.read(self.buffer(used.head), &mut bytes)?;
-        let record = usize::try_from(used.written).ok().and_then(|written| bytes.get(..written));
-        let event = record.and_then(Event::decode);
-        match event {
-            Some(_) => self.counters.delivered += 1,
-            None => self.counters.ignored += 1,
+        let mut bytes = [0; PAGE_REQUEST as usize];
+        let record = usize::try_from(used.written).ok().and_then(|written| bytes.get_mut(..written));
+        let Some(record) = record else {
+            self.counters.ignored += 1;
+            return Ok(Some(None));
+        };
+        memory.read(self.buffer(used.head), record)?;
+        let event = Event::decode(record);
+        if event.is_none() {
+            self.counters.ignored += 1;
         }
         Ok(Some(event))
     }
@@ -91,8 +120,12 @@ impl<P: Platform, T: Transport> Driver<P, T> {
     /// [`QueueError`] where the device broke the protocol; events that were collected have been handled.
     pub fn handle_events(&mut self, mut handler: impl FnMut(Event)) -> Result<usize, QueueError> {
         let memory = self.platform.memory();
-        let mut handled = 0;
+        let mut handled = 0u64;
         let mut outcome = Ok(());
+        while let Some(event) = self.events.kept.pop_front() {
+            handled += 1;
+            handler(event);
+        }
         for _ in 0..self.events.layout().size {
             match self.events.take(memory) {
                 Ok(Some(event)) => {
@@ -108,10 +141,59 @@ impl<P: Platform, T: Transport> Driver<P, T> {
                 }
             }
         }
-        if self.events.post(memory)? {
+        self.events.counters.delivered += handled;
+        self.post_event_buffers()?;
+        outcome.map(|()| usize::try_from(handled).unwrap_or(usize::MAX))
+    }
+
+    /// Takes the events that have arrived, at most a queue of them, and gives their buffers back. `take` gets each;
+    /// those that it gives back are kept, in order, for [`handle_events`](Self::handle_events). Gives how many there
+    /// were.
+    ///
+    /// # Errors
+    /// [`SweepError`]; events that were collected are taken or kept.
+    pub(crate) fn sweep_events(
+        &mut self,
+        mut take: impl FnMut(Event) -> Option<Event>,
+    ) -> Result<u16, SweepError> {
+        let mut found = 0;
+        let mut outcome = Ok(());
+        for _ in 0..self.events.layout().size {
+            if self.events.kept.len() >= MAX_KEPT_EVENTS {
+                outcome = Err(SweepError::Kept);
+                break;
+            }
+            match self.events.take(self.platform.memory()) {
+                Ok(Some(event)) => {
+                    found += 1;
+                    let Some(event) = event else { continue };
+                    match take(event) {
+                        Some(event) => self.events.kept.push_back(event),
+                        None => self.events.counters.delivered += 1,
+                    }
+                }
+                Ok(None) => break,
+                Err(error) => {
+                    outcome = Err(error.into());
+                    break;
+                }
+            }
+        }
+        self.post_event_buffers()?;
+        outcome.map(|()| found)
+    }
+
+    /// How many events are kept for [`handle_events`](Self::handle_events): some may wait there although the queue is
+    /// empty, after a PASID was unbound.
+    pub fn kept_events(&self) -> usize {
+        self.events.kept.len()
+    }
+
+    fn post_event_buffers(&mut self) -> Result<(), QueueError> {
+        if self.events.post(self.platform.memory())? {
             self.transport.notify(numbers::EVENT_QUEUE);
         }
-        outcome.map(|()| handled)
+        Ok(())
     }
 
     /// What became of events so far.

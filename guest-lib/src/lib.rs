@@ -5,7 +5,10 @@
 //! - [`MappedDomain`], [`BypassDomain`]: address spaces that the device keeps, by MAP and UNMAP.
 //! - [`tables`]: the guest's own tables. An [`AddressSpace`](tables::AddressSpace) is a page table in guest memory; a
 //!   [`PasidTable`](tables::PasidTable) gives one to each PASID of an endpoint and is handed to the hardware by
-//!   ATTACH_TABLE. Whether that hardware is an SMMUv3 or a VT-d unit is read from PROBE; the caller's code is the same.
+//!   ATTACH_TABLE. Whether that hardware is an SMMUv3 or a VT-d unit, and whether guest or device keeps the table of
+//!   PASIDs, is read from PROBE; the caller's code is the same.
+//! - [`sva`]: processes that share their addresses with devices, bound and unbound in order, and page requests that come
+//!   to a handler: what a kernel's SVA needs. It stands on [`tables`]; its page has an example.
 //! - [`queue`]: the virtqueue below, for those who drive another device with it.
 //!
 //! ```
@@ -15,7 +18,7 @@
 //! use viommu_guest::{Driver, DriverOptions};
 //! use viommu_wire::{EndpointId, Gpa, Iova, IovaRange};
 //!
-//! /// Lets one process of the guest share its addresses with a device.
+//! /// Lets a device use tables of the guest, without page requests.
 //! fn share<P: Platform, T: Transport>(platform: P, transport: T) -> Result<(), Box<dyn std::error::Error>> {
 //!     let mut driver = Driver::new(platform, transport, DriverOptions::default())?;
 //!     let endpoint = driver.probe(EndpointId(8))?;
@@ -48,10 +51,12 @@
 //! translates is in its hands.
 //!
 //! # Not supported
-//! Packed virtqueues; page requests (PAGE_RESP), so what a device uses must stay mapped; tables of a single Arm PASID
-//! (format 0x80); AMD and RISC-V tables; 52-bit and 57-bit address spaces, the upper half of an Arm address space,
-//! big-endian SMMUs; turning on ATS. Addresses are the caller's to choose: there is no allocator of I/O virtual
-//! addresses. Access from several threads at once is the caller's to arrange: every method takes `&mut`.
+//! Packed virtqueues; AMD and RISC-V tables; 52-bit and 57-bit address spaces, the upper half of an Arm address space,
+//! big-endian SMMUs; turning on ATS or PRI in the endpoint. Page requests of untagged DMA, which are answered INVALID;
+//! execution and privileged accesses by devices behind VT-d; copy-on-write and paging out: [`sva::DemandPaged`] makes
+//! pages and gives them back, nothing else. Sharing the processor's own page tables: an address space is made of tables
+//! of its own, so a kernel repeats its changes there. Addresses are the caller's to choose: there is no allocator of I/O
+//! virtual addresses. Access from several threads at once is the caller's to arrange: every method takes `&mut`.
 #![no_std]
 #![forbid(unsafe_code)]
 
@@ -66,11 +71,12 @@ mod probe;
 pub mod queue;
 mod request;
 mod requester;
+pub mod sva;
 pub mod tables;
 
 pub use domain::{BypassDomain, DomainError, MappedDomain, Mapping};
 pub use driver::{Driver, DriverOptions, InitError, MAX_PROBE_SIZE, NoBypass};
-pub use fault::EventCounters;
+pub use fault::{EventCounters, MAX_KEPT_EVENTS};
 pub use ids::IdSpace;
 pub use probe::{Endpoint, EndpointProperties, Hardware};
 pub use request::{Refusal, RequestError};

@@ -4,8 +4,8 @@ use alloc::vec::Vec;
 
 use pgtable_formats::context::{smmuv3, vtd};
 use viommu_wire::{
-    EndpointId, IovaRange, Properties, Property, PropertyError, ReservedKind, ReservedRegion, TableFormats,
-    numbers,
+    EndpointId, IovaRange, PageRequestFlags, Properties, Property, PropertyError, ReservedKind,
+    ReservedRegion, TableFormats, numbers,
 };
 
 /// An endpoint that was probed. Attaching takes one of these, so that no endpoint is attached unprobed.
@@ -42,6 +42,8 @@ pub struct EndpointProperties {
     pub pasid_bits: u8,
     /// Table formats that ATTACH_TABLE takes, in the device's order of preference.
     pub formats: TableFormats,
+    /// What the endpoint does with page requests: nothing where the device does not say.
+    pub page_requests: PageRequestFlags,
     /// Properties of a type that this version does not know.
     pub unknown: u32,
     /// Properties that were ignored because they are malformed, or stated a second time.
@@ -65,7 +67,7 @@ impl EndpointProperties {
     /// that hardware.
     pub fn parse(area: &[u8]) -> Self {
         let mut properties = Self::default();
-        let (mut pasid_bits, mut formats) = (None, None);
+        let (mut pasid_bits, mut formats, mut page_requests) = (None, None, None);
         for property in Properties::new(area) {
             match property {
                 Ok(Property::ReservedRegion(region)) => properties.reserved.push(region),
@@ -80,6 +82,9 @@ impl EndpointProperties {
                 }
                 Ok(Property::PasidSize { bits }) => first(&mut pasid_bits, bits, &mut properties.malformed),
                 Ok(Property::TableFormats(list)) => first(&mut formats, list, &mut properties.malformed),
+                Ok(Property::PageRequests(flags)) => {
+                    first(&mut page_requests, flags, &mut properties.malformed);
+                }
                 Err(PropertyError::Unknown { .. }) => {
                     properties.unknown = properties.unknown.saturating_add(1);
                 }
@@ -94,6 +99,7 @@ impl EndpointProperties {
             }
         }
         properties.pasid_bits = pasid_bits.unwrap_or(0);
+        properties.page_requests = page_requests.unwrap_or_default();
         properties.formats = formats.unwrap_or_else(|| {
             let of_hardware: &[u8] = match properties.hardware {
                 Some(Hardware::Smmuv3(_)) => &[numbers::FORMAT_ARM_SMMU3],
@@ -110,9 +116,17 @@ impl EndpointProperties {
         self.reserved.iter().copied().find(|region| region.range.overlaps(range))
     }
 
-    /// The doorbell of message-signalled interrupts, which needs no mapping.
+    /// Where message-signalled interrupts go, the first such region.
+    ///
+    /// In a domain of MAP and UNMAP it is no address to map. In tables of the guest's own it is: an SMMUv3 translates
+    /// interrupts, see [`AddressSpace`](crate::tables::AddressSpace#interrupts).
     pub fn msi(&self) -> Option<IovaRange> {
-        self.reserved.iter().find(|region| region.kind == ReservedKind::Msi).map(|region| region.range)
+        self.msi_windows().next()
+    }
+
+    /// All regions that message-signalled interrupts go to; a device should have one (D-52).
+    pub fn msi_windows(&self) -> impl Iterator<Item = IovaRange> {
+        self.reserved.iter().filter(|region| region.kind == ReservedKind::Msi).map(|region| region.range)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use viommu_wire::{
     Attach, AttachFlags, AttachTable, Config, Detach, DomainId, EndpointId, Features, Gpa, Invalidate, Iova,
-    IovaRange, Map, MapFlags, Request, Status, TableDescriptor, Unmap,
+    IovaRange, Map, MapFlags, PageResponse, Request, Status, TableDescriptor, Unmap,
 };
 
 use crate::Driver;
@@ -170,6 +170,15 @@ impl<P: Platform, T: Transport> Driver<P, T> {
     /// As [`RequestError`] says.
     pub fn invalidate(&mut self, invalidate: Invalidate) -> Result<(), RequestError> {
         self.send(Request::Invalidate(invalidate))
+    }
+
+    /// PAGE_RESP: answers all page requests of a group. A device that has nothing left to answer says
+    /// [`Status::NoEnt`], which is harmless: it has answered by itself.
+    ///
+    /// # Errors
+    /// As [`RequestError`] says.
+    pub fn respond(&mut self, response: PageResponse) -> Result<(), RequestError> {
+        self.send(Request::PageResponse(response))
     }
 }
 

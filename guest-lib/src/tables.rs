@@ -9,21 +9,28 @@
 //! | change | INVALIDATE | by |
 //! |---|---|---|
 //! | a mapping is added | none: absence is not cached | – |
-//! | a mapping is removed or changed | ADDRESS, TLB; LEAF where no table went with it | [`AddressSpace::unmap`] |
+//! | a mapping is removed | ADDRESS, TLB; LEAF where no table went with it | [`AddressSpace::unmap`] |
+//! | a mapping leads elsewhere | the same, before the new one is written | [`AddressSpace::remap`] |
+//! | a mapping allows less, or more | ADDRESS, TLB, LEAF: what it allowed is cached with it | [`AddressSpace::protect`] |
+//! | everything goes for good | PASID, TLB | [`AddressSpace::close`] |
 //! | a PASID gets an address space | PASID, PASID cache: entries are cached in any state | [`PasidTable::bind`] |
 //! | a PASID loses it | PASID, PASID cache and TLB | [`PasidTable::unbind`] |
 //!
 //! Tables that an unmap leaves empty are given back to the allocator only after their invalidation succeeded: until
 //! then the hardware may still read them.
 
+mod choice;
 mod lent;
 mod pasid;
+mod protect;
+mod root;
 mod space;
+mod windows;
 
 use pgtable_formats::NotMemory;
 use pgtable_formats::context::BuildError;
 use pgtable_formats::edit::EditError;
-use viommu_wire::{EndpointId, Pasid};
+use viommu_wire::{EndpointId, IovaRange, Pasid};
 
 use crate::RequestError;
 
@@ -57,6 +64,12 @@ pub enum TableError {
     /// The PASID does not use this address space.
     #[error("PASID {0:?} does not use this address space")]
     NotBound(Option<Pasid>),
+    /// The address space was closed: nothing is mapped in it any more.
+    #[error("the address space was closed")]
+    Closed,
+    /// These addresses are where an endpoint's interrupts go, and cannot lead anywhere else.
+    #[error("{0} is where interrupts go")]
+    MsiWindow(IovaRange),
     /// There is no memory for a table.
     #[error("no memory for a table")]
     NoMemory,

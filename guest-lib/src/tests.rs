@@ -5,6 +5,7 @@
 mod conformance;
 mod queue;
 mod requests;
+mod sva;
 mod tables;
 
 use alloc::vec::Vec;

@@ -1,6 +1,6 @@
 //! PASID tables: which address space each PASID of an endpoint uses.
 
-use alloc::vec::Vec;
+use alloc::collections::BTreeSet;
 
 use pgtable_formats::context::{smmuv3, vtd};
 use viommu_wire::{
@@ -9,6 +9,7 @@ use viommu_wire::{
 };
 
 use super::TableError;
+use super::choice::{arm_page_table, is_known, smmuv3_format, stalls};
 use super::lent::{Lent, Retired};
 use super::space::{AddressSpace, User};
 use crate::hal::{Platform, Transport};
@@ -47,7 +48,9 @@ impl Default for TableOptions {
 
 /// The address spaces of one endpoint, by PASID, as a domain of its own kind.
 ///
-/// The address space of untagged DMA is that of PASID `None`; PASID 0 is kept free for it in every format.
+/// The address space of untagged DMA is that of PASID `None`; PASID 0 is kept free for it in every format. Behind an
+/// SMMUv3 an endpoint that sends interrupts needs one, even if it is empty otherwise:
+/// [interrupts](AddressSpace#interrupts) are untagged writes, and are translated.
 ///
 /// Dropping a table leaks its memory, because the hardware may still read it; [`release`](Self::release) gives it back.
 #[derive(Debug)]
@@ -66,7 +69,14 @@ pub struct PasidTable {
 enum Table {
     Smmuv3(smmuv3::CdTable),
     Vtd(vtd::PasidTable),
-    VtdSingle { caps: vtd::Caps, bound: Vec<Pasid> },
+    Single { walker: Walker, bound: BTreeSet<Pasid> },
+}
+
+/// Hardware that takes one page table for each PASID.
+#[derive(Clone, Copy, Debug)]
+enum Walker {
+    Smmuv3(smmuv3::Caps),
+    Vtd(vtd::Caps),
 }
 
 impl PasidTable {
@@ -90,6 +100,10 @@ impl PasidTable {
         let wanted = options.pasid_bits.min(properties.pasid_bits);
         let (_, alloc) = driver.platform.parts();
         let (table, pasid_bits) = match hardware {
+            Hardware::Smmuv3(caps) if format == numbers::FORMAT_ARM_PT => {
+                let table = Table::Single { walker: Walker::Smmuv3(caps), bound: BTreeSet::new() };
+                (table, wanted.min(caps.ssid_bits))
+            }
             Hardware::Smmuv3(caps) => {
                 let bits = wanted.min(caps.ssid_bits);
                 let layout = options.smmuv3_format.unwrap_or_else(|| smmuv3_format(bits, &caps));
@@ -97,7 +111,8 @@ impl PasidTable {
                 (Table::Smmuv3(table), bits)
             }
             Hardware::Vtd(caps) if format == numbers::FORMAT_INTEL_PT => {
-                (Table::VtdSingle { caps, bound: Vec::new() }, wanted.min(caps.pasid_bits))
+                let table = Table::Single { walker: Walker::Vtd(caps), bound: BTreeSet::new() };
+                (table, wanted.min(caps.pasid_bits))
             }
             Hardware::Vtd(caps) => {
                 // A directory has at least 2^7 entries, each for 2^6 PASIDs.
@@ -131,7 +146,8 @@ impl PasidTable {
         match self.table {
             Table::Smmuv3(_) => numbers::FORMAT_ARM_SMMU3,
             Table::Vtd(_) => numbers::FORMAT_INTEL_PASID_TABLE,
-            Table::VtdSingle { .. } => numbers::FORMAT_INTEL_PT,
+            Table::Single { walker: Walker::Smmuv3(_), .. } => numbers::FORMAT_ARM_PT,
+            Table::Single { walker: Walker::Vtd(_), .. } => numbers::FORMAT_INTEL_PT,
         }
     }
 
@@ -147,7 +163,7 @@ impl PasidTable {
                 directory_lg2: table.directory_lg2(),
                 untagged: table.untagged(),
             })),
-            Table::VtdSingle { .. } => None,
+            Table::Single { .. } => None,
         }
     }
 
@@ -174,7 +190,7 @@ impl PasidTable {
             driver.detach(self.domain, self.endpoint.id())?;
             self.attached = false;
         }
-        if let Table::VtdSingle { bound, .. } = &mut self.table {
+        if let Table::Single { bound, .. } = &mut self.table {
             bound.clear();
         }
         Ok(())
@@ -189,9 +205,22 @@ impl PasidTable {
         driver: &mut Driver<P, T>,
         space: &mut AddressSpace,
     ) -> Result<Pasid, TableError> {
-        let number = self.pasids.take(u32::MAX).ok_or(TableError::NoPasid)?;
-        let pasid = Pasid::new(number).ok_or(TableError::NoPasid)?;
-        self.enter_or_give_back(driver, Some(pasid), space)?;
+        self.bind_or_tell(driver, space).map_err(|(_, error)| error)
+    }
+
+    /// As [`bind`](Self::bind), and tells which PASID stays taken after a failure: the hardware may use the space
+    /// under it until an [`unbind`](Self::unbind) succeeds.
+    pub(crate) fn bind_or_tell<P: Platform, T: Transport>(
+        &mut self,
+        driver: &mut Driver<P, T>,
+        space: &mut AddressSpace,
+    ) -> Result<Pasid, (Option<Pasid>, TableError)> {
+        let number = self.pasids.take(u32::MAX).ok_or((None, TableError::NoPasid))?;
+        let pasid = Pasid::new(number).ok_or((None, TableError::NoPasid))?;
+        self.enter_or_give_back(driver, Some(pasid), space).map_err(|error| {
+            let is_taken = space.has_user(self.user(Some(pasid)));
+            (is_taken.then_some(pasid), error)
+        })?;
         Ok(pasid)
     }
 
@@ -199,7 +228,8 @@ impl PasidTable {
     ///
     /// # Errors
     /// [`TableError::InUse`] where the PASID has an address space, [`TableError::NoPasid`] where it lies outside of
-    /// the table, [`TableError::Mismatch`], [`TableError::Build`], [`TableError::Request`].
+    /// the table, [`TableError::MsiWindow`] where untagged DMA is bound and `space` has mappings where interrupts of the
+    /// endpoint go, [`TableError::Mismatch`], [`TableError::Edit`], [`TableError::Build`], [`TableError::Request`].
     pub fn bind_at<P: Platform, T: Transport>(
         &mut self,
         driver: &mut Driver<P, T>,
@@ -229,12 +259,29 @@ impl PasidTable {
         pasid: Option<Pasid>,
         space: &mut AddressSpace,
     ) -> Result<(), TableError> {
+        self.take_away(driver, pasid, space)?;
+        self.give_back(pasid);
+        Ok(())
+    }
+
+    /// Whether `pasid` uses `space`.
+    pub(crate) fn uses(&self, pasid: Option<Pasid>, space: &AddressSpace) -> bool {
+        space.has_user(self.user(pasid))
+    }
+
+    /// [`unbind`](Self::unbind), but the PASID stays taken.
+    pub(crate) fn take_away<P: Platform, T: Transport>(
+        &mut self,
+        driver: &mut Driver<P, T>,
+        pasid: Option<Pasid>,
+        space: &mut AddressSpace,
+    ) -> Result<(), TableError> {
         let user = self.user(pasid);
         if !space.has_user(user) {
             return Err(TableError::NotBound(pasid));
         }
         let index = pasid.unwrap_or(Pasid::ZERO);
-        if let Table::VtdSingle { bound, .. } = &mut self.table {
+        if let Table::Single { bound, .. } = &mut self.table {
             if bound.contains(&index) {
                 let unbind = TableDescriptor::Unbind { pasid: index };
                 match driver.attach_table(self.domain, &self.endpoint, unbind) {
@@ -242,14 +289,13 @@ impl PasidTable {
                     Ok(()) | Err(RequestError::Status(Status::NoEnt)) => {}
                     Err(error) => return Err(error.into()),
                 }
-                bound.retain(|known| *known != index);
+                bound.remove(&index);
             }
         } else {
             self.erase(driver, index)?;
             self.invalidate_entry(driver, pasid, Caches::all(), space.tag())?;
         }
         space.remove_user(user);
-        self.give_back(pasid);
         Ok(())
     }
 
@@ -280,7 +326,7 @@ impl PasidTable {
         let released = match self.table {
             Table::Smmuv3(table) => table.release(memory),
             Table::Vtd(table) => table.release(memory),
-            Table::VtdSingle { .. } => Ok(()),
+            Table::Single { .. } => Ok(()),
         };
         if let Err(error) = released {
             // Nothing was freed yet: another attempt finds all of it.
@@ -305,7 +351,8 @@ impl PasidTable {
         entered
     }
 
-    fn give_back(&mut self, pasid: Option<Pasid>) {
+    /// Sets a PASID free, of which the hardware knows nothing any more.
+    pub(crate) fn give_back(&mut self, pasid: Option<Pasid>) {
         match pasid {
             Some(pasid) => drop(self.pasids.release(pasid.value())),
             None => self.untagged = false,
@@ -324,8 +371,15 @@ impl PasidTable {
         let mut retired = Retired::default();
         match &mut self.table {
             Table::Smmuv3(table) => {
-                let cd = space.descriptor(table.caps()).ok_or(mismatch)?;
-                let written = table.write(&mut Lent::new(&mut driver.platform, &mut retired), index, cd);
+                let stalls = pasid.is_some() && stalls(driver.features, &self.endpoint, table.caps());
+                let mut cd = *space.descriptor(table.caps()).ok_or(mismatch)?;
+                if stalls {
+                    cd.word0.set_stall(true);
+                }
+                if pasid.is_none() {
+                    space.admit_interrupts(driver, &self.endpoint)?;
+                }
+                let written = table.write(&mut Lent::new(&mut driver.platform, &mut retired), index, &cd);
                 retired.release_from(0, driver.platform.parts().1);
                 written?;
             }
@@ -336,20 +390,31 @@ impl PasidTable {
                 retired.release_from(0, driver.platform.parts().1);
                 written?;
             }
-            Table::VtdSingle { caps, bound } => {
-                let first_stage = space.first_stage(caps).ok_or(mismatch)?;
+            Table::Single { walker, bound } => {
                 if bound.contains(&index) {
                     return Err(TableError::InUse);
                 }
-                let descriptor = TableDescriptor::VtdPageTable(VtdPageTable {
-                    pgd: first_stage.root(),
-                    flags: first_stage.flags().bits(),
-                    addr_width: first_stage.address_width(),
-                    pasid: index,
-                });
+                let descriptor = match walker {
+                    Walker::Smmuv3(caps) => {
+                        let cd = *space.descriptor(caps).ok_or(mismatch)?;
+                        if pasid.is_none() {
+                            space.admit_interrupts(driver, &self.endpoint)?;
+                        }
+                        TableDescriptor::ArmPageTable(arm_page_table(index, &cd))
+                    }
+                    Walker::Vtd(caps) => {
+                        let first_stage = space.first_stage(caps).ok_or(mismatch)?;
+                        TableDescriptor::VtdPageTable(VtdPageTable {
+                            pgd: first_stage.root(),
+                            flags: first_stage.flags().bits(),
+                            addr_width: first_stage.address_width(),
+                            pasid: index,
+                        })
+                    }
+                };
                 let bind = driver.attach_table(self.domain, &self.endpoint, descriptor);
                 if bind.as_ref().map_or_else(RequestError::is_outcome_unknown, |()| true) {
-                    bound.push(index);
+                    bound.insert(index);
                     self.attached = true;
                     space.add_user(self.user(pasid));
                 }
@@ -379,7 +444,7 @@ impl PasidTable {
         match &self.table {
             Table::Smmuv3(table) => table.clear(driver.platform.memory(), index)?,
             Table::Vtd(table) => table.clear(driver.platform.memory(), index)?,
-            Table::VtdSingle { .. } => false,
+            Table::Single { .. } => false,
         };
         Ok(())
     }
@@ -416,24 +481,3 @@ impl PasidTable {
 
 /// The domain tag in PASID entries. The host puts its own in place.
 const DOMAIN_TAG: u16 = 1;
-
-/// Whether this library makes tables of `format` for `hardware`.
-fn is_known(format: u8, hardware: Hardware, style: Style) -> bool {
-    let (known, its_style) = match (hardware, format) {
-        (Hardware::Smmuv3(_), numbers::FORMAT_ARM_SMMU3) => (true, Style::Table),
-        (Hardware::Vtd(_), numbers::FORMAT_INTEL_PASID_TABLE) => (true, Style::Table),
-        (Hardware::Vtd(_), numbers::FORMAT_INTEL_PT) => (true, Style::Single),
-        _ => (false, style),
-    };
-    known && (style == Style::Preferred || style == its_style)
-}
-
-/// A page where everything fits one; then two levels, with leaves of the size that keeps level 1 small.
-const fn smmuv3_format(pasid_bits: u8, caps: &smmuv3::Caps) -> smmuv3::TableFormat {
-    match pasid_bits {
-        _ if !caps.two_level_cd => smmuv3::TableFormat::Linear,
-        0..=6 => smmuv3::TableFormat::Linear,
-        7..=15 => smmuv3::TableFormat::TwoLevel4K,
-        _ => smmuv3::TableFormat::TwoLevel64K,
-    }
-}

@@ -5,7 +5,6 @@ use alloc::vec::Vec;
 use pgtable_formats::context::{Stage1, smmuv3, vtd};
 use pgtable_formats::edit::{EditError, EditOptions, Editor, Partial};
 use pgtable_formats::format::{Attrs, Format};
-use pgtable_formats::leaf::vmsav8::{Granule, Vmsav8, Vmsav8Flags, Vmsav8Params};
 use pgtable_formats::{Access, Fault, TableAlloc, Translation};
 use viommu_wire::{
     Caches, DomainId, EndpointId, Gpa, Invalidate, InvalidateScope, Iova, IovaRange, Pasid, Request, Status,
@@ -13,6 +12,9 @@ use viommu_wire::{
 
 use super::TableError;
 use super::lent::{Lent, Retired};
+use super::protect::{self, Piece};
+use super::root::{INPUT_BITS, MIN_ALLOC_LG2, Table, can_split};
+use super::windows::Windows;
 use crate::hal::{Platform, Transport};
 use crate::probe::{Endpoint, Hardware};
 use crate::{Driver, RequestError};
@@ -31,20 +33,24 @@ pub struct SpaceOptions {
 ///
 /// Any number of PASIDs may use it at once ([`PasidTable::bind`](super::PasidTable::bind)). Dropping it leaks its
 /// memory; [`release`](Self::release) gives it back.
+///
+/// # Interrupts
+/// An SMMUv3 translates message-signalled interrupts like any untagged write. So when untagged DMA of an endpoint gets
+/// this address space, the endpoint's MSI window is mapped in it: at its own address, as device memory. The window
+/// then belongs to the space for good: [`map`](Self::map) refuses addresses in it, and [`unmap`](Self::unmap) passes
+/// over it. VT-d takes interrupts out before it translates, so there no window is mapped.
 #[derive(Debug)]
 pub struct AddressSpace {
     table: Table,
     edit: EditOptions,
     users: Vec<User>,
+    /// MSI windows that are mapped, in whole pages.
+    windows: Windows,
     retired: Retired,
     /// What no invalidation covered yet; `retired` is part of it.
     stale: Option<Stale>,
-}
-
-#[derive(Clone, Copy, Debug)]
-enum Table {
-    Smmuv3 { cd: smmuv3::Cd, context: smmuv3::Context, format: Vmsav8 },
-    Vtd(vtd::FirstStage),
+    /// Nothing is mapped any more.
+    closed: bool,
 }
 
 /// Who uses an address space.
@@ -74,11 +80,13 @@ impl Stale {
     }
 }
 
-/// Translates 48 bits of address: what every hardware has.
-const INPUT_BITS: u8 = 48;
-/// Memory types by index: 0 normal write-back memory, 1 device memory (nGnRE).
-const MAIR: u64 = 0x04ff;
-const MIN_ALLOC_LG2: u8 = 12;
+/// What the lower half of an Arm address space translates, the only one that is used.
+const LOWER_HALF: IovaRange = match IovaRange::from_length(Iova(0), 1 << INPUT_BITS) {
+    Some(range) => range,
+    None => IovaRange::ALL,
+};
+/// What an interrupt needs: a write to device memory.
+const DOORBELL: Attrs = Attrs { memory_type: 1, ..Attrs::READ_WRITE };
 
 impl AddressSpace {
     /// Makes an empty page table that the hardware of `endpoint` can walk.
@@ -96,7 +104,15 @@ impl AddressSpace {
             Some(Hardware::Vtd(caps)) => (Table::vtd(driver, &caps, options)?, true),
         };
         let edit = EditOptions { contiguous: options.contiguous, split, ..EditOptions::default() };
-        Ok(Self { table, edit, users: Vec::new(), retired: Retired::default(), stale: None })
+        Ok(Self {
+            table,
+            edit,
+            users: Vec::new(),
+            windows: Windows::default(),
+            retired: Retired::default(),
+            stale: None,
+            closed: false,
+        })
     }
 
     /// log2 of the smallest page: what ranges and targets are aligned to.
@@ -127,8 +143,8 @@ impl AddressSpace {
     /// `attrs.global` is ignored.
     ///
     /// # Errors
-    /// [`TableError::Edit`] where something is mapped there already, or cannot be: then nothing of `range` is new.
-    /// [`TableError::Request`] where undoing a part failed.
+    /// [`TableError::Closed`]; [`TableError::MsiWindow`] where interrupts go there; [`TableError::Edit`] where something
+    /// is mapped there already, or cannot be: then nothing of `range` is new. [`TableError::Request`] where undoing a part failed.
     pub fn map<P: Platform, T: Transport>(
         &mut self,
         driver: &mut Driver<P, T>,
@@ -136,26 +152,16 @@ impl AddressSpace {
         target: Gpa,
         attrs: Attrs,
     ) -> Result<(), TableError> {
-        let attrs = Attrs { global: false, ..attrs };
-        let before = self.retired.len();
-        let memory = &mut Lent::new(&mut driver.platform, &mut self.retired);
-        let mapped = match &self.table {
-            Table::Smmuv3 { format, .. } => Editor::new(*format, memory, self.edit).map(range, target, attrs),
-            Table::Vtd(table) => Editor::new(*table.format(), memory, self.edit).map(range, target, attrs),
-        };
-        let Err(Partial { done, cause }) = mapped else {
-            return Ok(());
-        };
-        match IovaRange::from_length(range.start(), done) {
-            // The device may have seen the part that was there for a moment.
-            Some(part) => self.unmap(driver, part)?,
-            // Tables that were to be new were never seen by anybody.
-            None => self.retired.release_from(before, driver.platform.parts().1),
+        if self.closed {
+            return Err(TableError::Closed);
         }
-        Err(cause.into())
+        if self.windows.touch(range) {
+            return Err(TableError::MsiWindow(range));
+        }
+        self.insert(driver, range, target, attrs)
     }
 
-    /// Removes every mapping in `range`, and returns when no device uses it any more.
+    /// Removes every mapping in `range` but those of MSI windows, and returns when no device uses it any more.
     ///
     /// # Errors
     /// [`TableError::Edit`] where an end of `range` lies inside of a page that cannot be split, or not at the end of
@@ -166,13 +172,13 @@ impl AddressSpace {
         driver: &mut Driver<P, T>,
         range: IovaRange,
     ) -> Result<(), TableError> {
-        let removed = self.remove(driver, range);
+        let removed = self.unmap_unsynchronized(driver, range);
         self.synchronize(driver)?;
         removed
     }
 
-    /// Removes every mapping in `range` and leaves the invalidation to the caller, who may gather several, or wants to
-    /// see what a stale translation is. [`synchronize`](Self::synchronize) must follow before the target memory is
+    /// Does what [`unmap`](Self::unmap) does and leaves the invalidation to the caller, who may gather several, or wants
+    /// to see what a stale translation is. [`synchronize`](Self::synchronize) must follow before the target memory is
     /// used for anything else.
     ///
     /// # Errors
@@ -182,7 +188,86 @@ impl AddressSpace {
         driver: &mut Driver<P, T>,
         range: IovaRange,
     ) -> Result<(), TableError> {
-        self.remove(driver, range)
+        self.windows.outside(range).into_iter().try_for_each(|part| self.remove(driver, part))
+    }
+
+    /// Lets `range` lead to the addresses from `target` on, whatever was mapped there before: takes the old mappings
+    /// out, invalidates, and only then writes the new ones, so that no access ever finds both (on Arm:
+    /// break-before-make). Accesses in between fault, or wait where the device has page requests.
+    ///
+    /// # Errors
+    /// As [`unmap`](Self::unmap) and [`map`](Self::map); after those of `map` nothing of `range` is mapped.
+    pub fn remap<P: Platform, T: Transport>(
+        &mut self,
+        driver: &mut Driver<P, T>,
+        range: IovaRange,
+        target: Gpa,
+        attrs: Attrs,
+    ) -> Result<(), TableError> {
+        if self.closed {
+            return Err(TableError::Closed);
+        }
+        if self.windows.touch(range) {
+            return Err(TableError::MsiWindow(range));
+        }
+        self.unmap(driver, range)?;
+        self.insert(driver, range, target, attrs)
+    }
+
+    /// Changes what the mappings in `range` allow to what `attrs` says of users, writes and execution; where they lead
+    /// and their memory type stay. Gaps stay gaps. Returns when no device uses the old permissions any more: after less
+    /// is allowed that is safety, after more it is what lets the device see it.
+    ///
+    /// A mapping is changed in place. One that has to be split first, or that is part of a contiguous group, is taken
+    /// out and mapped anew instead: accesses in between fault, or wait.
+    ///
+    /// # Errors
+    /// [`TableError::Closed`]; [`TableError::MsiWindow`]; [`TableError::Edit`] and [`TableError::Request`] as
+    /// [`unmap`](Self::unmap) and [`map`](Self::map): part of `range` may be changed, and a piece that could not be
+    /// mapped anew is not mapped.
+    pub fn protect<P: Platform, T: Transport>(
+        &mut self,
+        driver: &mut Driver<P, T>,
+        range: IovaRange,
+        attrs: Attrs,
+    ) -> Result<(), TableError> {
+        if self.closed {
+            return Err(TableError::Closed);
+        }
+        if self.windows.touch(range) {
+            return Err(TableError::MsiWindow(range));
+        }
+        let memory = driver.platform.memory();
+        let anew = match &self.table {
+            Table::Smmuv3 { format, .. } => protect::in_place(format, memory, range, attrs),
+            Table::Vtd(table) => protect::in_place(table.format(), memory, range, attrs),
+        };
+        if !matches!(anew, Err(EditError::Unaligned | EditError::InputRange)) {
+            self.add_stale(Stale { range, leaf: true });
+        }
+        let changed = anew.map_err(TableError::from).and_then(|anew| {
+            anew.into_iter()
+                .try_for_each(|Piece { range, output, attrs }| self.remap(driver, range, output, attrs))
+        });
+        self.synchronize(driver)?;
+        changed
+    }
+
+    /// Empties the space for good, as the end of its process does: from the moment that this returns, every access
+    /// through it faults, whoever is still bound. The windows of interrupts stay.
+    ///
+    /// # Errors
+    /// [`TableError::Edit`], [`TableError::Request`]: to be called again. Nothing can be mapped in either case.
+    pub fn close<P: Platform, T: Transport>(&mut self, driver: &mut Driver<P, T>) -> Result<(), TableError> {
+        self.closed = true;
+        let removed = self.remove_all(driver);
+        self.synchronize(driver)?;
+        removed
+    }
+
+    /// Whether the space was [closed](Self::close).
+    pub const fn is_closed(&self) -> bool {
+        self.closed
     }
 
     /// What is stale.
@@ -295,6 +380,35 @@ impl AddressSpace {
         }
     }
 
+    /// Lets the interrupts of `endpoint` through, whose untagged DMA is about to use this space.
+    ///
+    /// # Errors
+    /// [`TableError::MsiWindow`] where the caller has mappings there; [`TableError::Edit`]; [`TableError::Request`].
+    pub(super) fn admit_interrupts<P: Platform, T: Transport>(
+        &mut self,
+        driver: &mut Driver<P, T>,
+        endpoint: &Endpoint,
+    ) -> Result<(), TableError> {
+        let Table::Smmuv3 { .. } = self.table else {
+            return Ok(());
+        };
+        let within_page = (1 << self.page_lg2()) - 1;
+        for window in endpoint.properties().msi_windows() {
+            let start = Iova(window.start().0 & !within_page);
+            let last = Iova(window.last().0 | within_page);
+            let parts =
+                IovaRange::new(start, last).map_or_else(Vec::new, |pages| self.windows.outside(pages));
+            for part in parts {
+                self.insert(driver, part, Gpa(part.start().0), DOORBELL).map_err(|error| match error {
+                    TableError::Edit(EditError::Exists) => TableError::MsiWindow(window),
+                    error => error,
+                })?;
+                self.windows.add(part);
+            }
+        }
+        Ok(())
+    }
+
     pub(super) fn add_user(&mut self, user: User) {
         self.users.push(user);
     }
@@ -307,11 +421,58 @@ impl AddressSpace {
         self.users.retain(|known| *known != user);
     }
 
+    /// Unmaps everything but the windows.
+    fn remove_all<P: Platform, T: Transport>(&mut self, driver: &mut Driver<P, T>) -> Result<(), TableError> {
+        let kept = &self.windows;
+        let memory = &mut Lent::new(&mut driver.platform, &mut self.retired);
+        let removed = match &self.table {
+            Table::Smmuv3 { format, .. } => {
+                let mut editor = Editor::new(*format, memory, self.edit);
+                kept.outside(LOWER_HALF).into_iter().try_for_each(|part| editor.unmap(part).map(|_| ()))
+            }
+            // It has no windows, and an upper half.
+            Table::Vtd(table) => Editor::new(*table.format(), memory, self.edit).clear().map(|_| ()),
+        };
+        self.add_stale(Stale { range: IovaRange::ALL, leaf: false });
+        Ok(removed.map_err(|Partial { cause, .. }| cause)?)
+    }
+
+    fn add_stale(&mut self, stale: Stale) {
+        self.stale = Some(self.stale.map_or(stale, |before| before.with(stale)));
+    }
+
     fn stage1(&self) -> Stage1 {
         match &self.table {
             Table::Smmuv3 { context, .. } => Stage1::Smmuv3(*context),
             Table::Vtd(table) => Stage1::Vtd(*table),
         }
+    }
+
+    /// Maps, or leaves nothing of `range` behind.
+    fn insert<P: Platform, T: Transport>(
+        &mut self,
+        driver: &mut Driver<P, T>,
+        range: IovaRange,
+        target: Gpa,
+        attrs: Attrs,
+    ) -> Result<(), TableError> {
+        let attrs = Attrs { global: false, ..attrs };
+        let before = self.retired.len();
+        let memory = &mut Lent::new(&mut driver.platform, &mut self.retired);
+        let mapped = match &self.table {
+            Table::Smmuv3 { format, .. } => Editor::new(*format, memory, self.edit).map(range, target, attrs),
+            Table::Vtd(table) => Editor::new(*table.format(), memory, self.edit).map(range, target, attrs),
+        };
+        let Err(Partial { done, cause }) = mapped else {
+            return Ok(());
+        };
+        match IovaRange::from_length(range.start(), done) {
+            // The device may have seen the part that was there for a moment.
+            Some(part) => self.unmap(driver, part)?,
+            // Tables that were to be new were never seen by anybody.
+            None => self.retired.release_from(before, driver.platform.parts().1),
+        }
+        Err(cause.into())
     }
 
     /// Unmaps, and notes what is stale even if that stopped on the way.
@@ -331,87 +492,7 @@ impl AddressSpace {
             return Err(cause.into());
         }
         let leaf = unmapped.is_ok_and(|unmapped| !unmapped.tables_freed);
-        let stale = Stale { range, leaf };
-        self.stale = Some(self.stale.map_or(stale, |before| before.with(stale)));
+        self.add_stale(Stale { range, leaf });
         Ok(unmapped.map(|_| ()).map_err(|Partial { cause, .. }| cause)?)
     }
-}
-
-impl Table {
-    fn smmuv3<P: Platform, T: Transport>(
-        driver: &mut Driver<P, T>,
-        caps: &smmuv3::Caps,
-        options: SpaceOptions,
-    ) -> Result<Self, TableError> {
-        // The builder writes little-endian entries.
-        if caps.endianness == smmuv3::TableEndianness::Big {
-            return Err(TableError::Unsupported);
-        }
-        let granule = Granule::ALL
-            .into_iter()
-            .filter(|granule| match granule {
-                Granule::K4 => caps.granule_4k,
-                Granule::K16 => caps.granule_16k,
-                Granule::K64 => caps.granule_64k,
-            })
-            .find(|granule| options.page_lg2.is_none_or(|page_lg2| page_lg2 == granule.lg2()))
-            .ok_or(TableError::Unsupported)?;
-        let root_lg2 = Vmsav8Params {
-            root: Gpa(0),
-            granule,
-            input_lg2: INPUT_BITS,
-            output_lg2: caps.oas_bits,
-            wide: false,
-            upper: false,
-            flags: Vmsav8Flags::empty(),
-        }
-        .root_lg2()
-        .max(MIN_ALLOC_LG2);
-        let last_asid = if caps.asid16 { u16::MAX } else { u16::from(u8::MAX) };
-        let asid = driver.asids.take(last_asid.into()).ok_or(TableError::NoTag)?;
-        let (_, alloc) = driver.platform.parts();
-        let Some(root) = alloc.alloc(root_lg2) else {
-            driver.asids.release(asid);
-            return Err(TableError::NoMemory);
-        };
-        let spec = smmuv3::CdSpec {
-            asid: u16::try_from(asid).map_err(|_| TableError::NoTag)?,
-            lower: Some(smmuv3::HalfSpec { root, granule, input_bits: INPUT_BITS }),
-            upper: None,
-            output_bits: caps.oas_bits,
-            ds: false,
-            mair: MAIR,
-        };
-        let made = spec.encode(caps).ok().and_then(|cd| {
-            let context = smmuv3::context_from_cd(&cd.words(), caps, cd.word0.stall()).ok()?;
-            Some(Self::Smmuv3 { cd, context, format: *context.half(Iova(0))? })
-        });
-        made.ok_or_else(|| {
-            alloc.free(root, root_lg2);
-            driver.asids.release(asid);
-            TableError::Unsupported
-        })
-    }
-
-    fn vtd<P: Platform, T: Transport>(
-        driver: &mut Driver<P, T>,
-        caps: &vtd::Caps,
-        options: SpaceOptions,
-    ) -> Result<Self, TableError> {
-        if options.page_lg2.is_some_and(|page_lg2| page_lg2 != MIN_ALLOC_LG2) {
-            return Err(TableError::Unsupported);
-        }
-        let (_, alloc) = driver.platform.parts();
-        let root = alloc.alloc(MIN_ALLOC_LG2).ok_or(TableError::NoMemory)?;
-        let flags = vtd::FirstStageFlags::empty();
-        vtd::FirstStage::new(root, flags, INPUT_BITS.into(), caps).map(Self::Vtd).map_err(|_| {
-            alloc.free(root, MIN_ALLOC_LG2);
-            TableError::Unsupported
-        })
-    }
-}
-
-/// Whether a valid leaf may be replaced by a table without taking it out first: break-before-make level 2.
-const fn can_split(caps: &smmuv3::Caps) -> bool {
-    smmuv3::Idr3::from_bits(caps.registers().idr3).bbml() >= 2
 }

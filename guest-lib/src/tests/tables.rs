@@ -9,7 +9,8 @@ use pgtable_formats::format::Attrs;
 use pgtable_formats::{Access, Fault, Gpa, Iova, IovaRange, Pasid};
 use proptest::prelude::*;
 use viommu_wire::{
-    AttachTable, Caches, DomainId, EndpointId, Invalidate, InvalidateScope, Request, Status, TableDescriptor,
+    AttachTable, Caches, DomainId, EndpointId, Invalidate, InvalidateScope, Property, Request, ReservedKind,
+    ReservedRegion, Status, TableDescriptor,
 };
 
 use super::{TestDriver, driver, smmuv3_endpoint, vtd_endpoint};
@@ -19,7 +20,7 @@ use crate::{Endpoint, EndpointProperties, RequestError};
 
 const DOMAIN: DomainId = DomainId(5);
 
-fn range(first: u64, last: u64) -> IovaRange {
+pub(super) fn range(first: u64, last: u64) -> IovaRange {
     IovaRange::new(Iova(first), Iova(last)).unwrap()
 }
 
@@ -27,11 +28,21 @@ fn pasid(value: u32) -> Option<Pasid> {
     Pasid::new(value)
 }
 
-fn smmuv3() -> Endpoint {
+pub(super) fn smmuv3() -> Endpoint {
     smmuv3_endpoint(8, smmuv3::IdRegisters::SOFTWARE, 20)
 }
 
-fn vtd() -> Endpoint {
+/// Behind an SMMUv3 whose device keeps the table of PASIDs.
+pub(super) fn smmuv3_pages() -> Endpoint {
+    arm_with(&[0x80])
+}
+
+fn arm_with(formats: &[u8]) -> Endpoint {
+    let smmuv3::IdRegisters { idr0, idr1, idr3, idr5 } = smmuv3::IdRegisters::SOFTWARE;
+    super::endpoint(8, Property::HwArmSmmu3 { idr0, idr1, idr3, idr5 }, 20, formats)
+}
+
+pub(super) fn vtd() -> Endpoint {
     vtd_endpoint(8, &[0x81, 2])
 }
 
@@ -52,6 +63,8 @@ fn all() -> Vec<(Endpoint, u8)> {
         (smmuv3_endpoint(8, only_64k, 20), 12),
         (smmuv3_endpoint(8, only_16k, 16), 16),
         (smmuv3_endpoint(8, small, 8), 8),
+        (smmuv3_pages(), 20),
+        (smmuv3_pages(), 0),
         (vtd(), 20),
         (vtd(), 0),
         (vtd_endpoint(8, &[0x81]), 14),
@@ -60,12 +73,12 @@ fn all() -> Vec<(Endpoint, u8)> {
 }
 
 /// The requests that arrived, decoded as a device does.
-fn requests(device: &FakeTransport) -> Vec<Request> {
+pub(super) fn requests(device: &FakeTransport) -> Vec<Request> {
     device.take_requests().iter().map(|bytes| Request::decode(bytes).unwrap()).collect()
 }
 
 /// Lets the device answer everything with `status`.
-fn answer(device: &FakeTransport, status: Status) {
+pub(super) fn answer(device: &FakeTransport, status: Status) {
     device.set_script(move |_, writable| {
         writable.copy_from_slice(&viommu_wire::Tail { status }.encode());
         4
@@ -73,7 +86,7 @@ fn answer(device: &FakeTransport, status: Status) {
 }
 
 /// The table that a request binds, checked as a device does, and the PASID that it is for.
-fn canonical(endpoint: &Endpoint, table: TableDescriptor) -> (Canonical, Option<Pasid>) {
+pub(super) fn canonical(endpoint: &Endpoint, table: TableDescriptor) -> (Canonical, Option<Pasid>) {
     match (endpoint.properties().hardware.unwrap(), table) {
         (crate::Hardware::Smmuv3(caps), TableDescriptor::Smmuv3 { ste0, ste1 }) => {
             (Canonical::Smmuv3(smmuv3::CdTable::from_ste(ste0, ste1, &caps).unwrap()), None)
@@ -88,12 +101,23 @@ fn canonical(endpoint: &Endpoint, table: TableDescriptor) -> (Canonical, Option<
             let first_stage = vtd::FirstStage::new(table.pgd, flags, table.addr_width, &caps).unwrap();
             (Canonical::VtdFirstStage(first_stage), Some(table.pasid))
         }
+        (crate::Hardware::Smmuv3(caps), TableDescriptor::ArmPageTable(table)) => {
+            let registers = smmuv3::PageTableRegisters {
+                asid: table.asid,
+                tcr: table.tcr.into(),
+                ttbr0: table.ttbr0,
+                ttbr1: table.ttbr1,
+                mair: table.mair,
+            };
+            let page_table = smmuv3::PageTable::new(&registers, &caps).unwrap();
+            (Canonical::Smmuv3PageTable(page_table), Some(table.pasid))
+        }
         (_, table) => panic!("{table:?}"),
     }
 }
 
 /// What hardware with the bound tables answers.
-fn dma(
+pub(super) fn dma(
     driver: &TestDriver,
     table: &Canonical,
     pasid: Option<Pasid>,
@@ -538,6 +562,11 @@ fn formats_are_taken_from_the_list_of_the_device() {
     assert_eq!(format(&mut driver, &vtd_endpoint(8, &[2]), Style::Table), no_format);
     assert_eq!(format(&mut driver, &vtd_endpoint(8, &[1, 0x80, 0xff]), Style::Preferred), no_format);
     assert_eq!(format(&mut driver, &smmuv3(), Style::Single), no_format);
+    assert_eq!(format(&mut driver, &smmuv3_pages(), Style::Preferred), Ok(0x80));
+    assert_eq!(format(&mut driver, &smmuv3_pages(), Style::Table), no_format);
+    assert_eq!(format(&mut driver, &arm_with(&[0x80, 1]), Style::Preferred), Ok(0x80));
+    assert_eq!(format(&mut driver, &arm_with(&[1, 0x80]), Style::Preferred), Ok(1));
+    assert_eq!(format(&mut driver, &arm_with(&[1, 0x80]), Style::Single), Ok(0x80));
     let plain = Endpoint::new(EndpointId(8), EndpointProperties::default());
     assert_eq!(format(&mut driver, &plain, Style::Preferred), Err(TableError::NoHardware(EndpointId(8))));
     assert_eq!(
@@ -720,4 +749,50 @@ proptest! {
             }
         }
     }
+}
+
+/// A window smaller than a page takes the whole page, and endpoints whose windows differ may share a space.
+#[test]
+fn msi_windows_are_mapped_in_whole_pages() {
+    let only_64k = smmuv3::IdRegisters {
+        idr5: smmuv3::IdRegisters::SOFTWARE.idr5 & !0x30,
+        ..smmuv3::IdRegisters::SOFTWARE
+    };
+    let smmuv3::IdRegisters { idr0, idr1, idr3, idr5 } = only_64k;
+    let behind = |id, windows: &[IovaRange]| {
+        let mut properties = vec![Property::HwArmSmmu3 { idr0, idr1, idr3, idr5 }];
+        let region = |&range| Property::ReservedRegion(ReservedRegion { kind: ReservedKind::Msi, range });
+        properties.extend(windows.iter().map(region));
+        Endpoint::new(EndpointId(id), EndpointProperties::parse(&super::area(&properties)))
+    };
+    let (mut driver, _) = driver();
+    let before = driver.platform().alloc.live.clone();
+    let first = behind(8, &[range(0x800_1000, 0x800_1fff)]);
+    let second = behind(9, &[range(0x7ff_f000, 0x801_0fff), range(0x810_0000, 0x810_0fff)]);
+    let mut space = AddressSpace::new(&mut driver, &first, SpaceOptions::default()).unwrap();
+    let mut tables = vec![];
+    for endpoint in [&first, &second] {
+        let mut table = PasidTable::new(&mut driver, endpoint, DOMAIN, TableOptions::default()).unwrap();
+        table.bind_at(&mut driver, None, &mut space).unwrap();
+        tables.push(table);
+    }
+    let mapped = |driver: &TestDriver, space: &AddressSpace, iova| {
+        space.translate(driver, Iova(iova), Access::WRITE).ok().map(|found| found.apply(Iova(iova)).0)
+    };
+    space.unmap(&mut driver, range(0, 0xffff_ffff_ffff)).unwrap();
+    for inside in [0x7ff_0000, 0x7ff_ffff, 0x800_0000, 0x800_1040, 0x801_ffff, 0x810_0000, 0x810_ffff] {
+        assert_eq!(mapped(&driver, &space, inside), Some(inside));
+    }
+    for outside in [0x7fe_ffff, 0x802_0000, 0x80f_ffff, 0x811_0000] {
+        assert_eq!(mapped(&driver, &space, outside), None);
+    }
+    let page = range(0x800_0000, 0x800_ffff);
+    let refused = space.map(&mut driver, page, Gpa(0x1000_0000), Attrs::READ);
+    assert_eq!(refused, Err(TableError::MsiWindow(page)));
+    for mut table in tables {
+        table.unbind(&mut driver, None, &mut space).unwrap();
+        table.release(&mut driver).map_err(|(_, error)| error).unwrap();
+    }
+    space.release(&mut driver).map_err(|(_, error)| error).unwrap();
+    assert_eq!(driver.platform().alloc.live, before);
 }
