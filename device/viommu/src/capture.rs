@@ -100,7 +100,7 @@ impl Capture {
 
     /// The endpoints, all with hardware of these registers.
     pub(crate) fn caps(&self, registers: IdRegisters) -> Vec<(EndpointId, EndpointCaps)> {
-        let caps = EndpointCaps { tables: Some(registers.caps()), reserved: Vec::new() };
+        let caps = EndpointCaps { tables: Some(registers.caps()), ..EndpointCaps::default() };
         self.endpoints.iter().map(|endpoint| (endpoint.id, caps.clone())).collect()
     }
 

@@ -2,15 +2,20 @@
 //!
 //! Device, guest memory and virtqueues run in one process on the software host; nothing of the machine that runs the
 //! program is touched. `demo` tells what it is for, `console` is the device at a prompt, `replay` checks the tables of a
-//! captured kernel through it.
+//! captured kernel through it. `host` reports what the machine's own hardware can be handed, and `hil` hands it over and
+//! checks what devices then reach: these two are about the real machine. `patterns` draws how devices used their
+//! mappings.
 #![forbid(unsafe_code)]
 
 mod capture;
 mod console;
 mod demo;
 mod driver;
+mod hil;
+mod host;
 mod machine;
 mod notation;
+mod patterns;
 mod replay;
 
 use std::io::IsTerminal as _;
@@ -35,6 +40,9 @@ enum Command {
     Demo(demo::Options),
     Console(console::Options),
     Replay(replay::Options),
+    Hil(hil::Options),
+    Host(host::Options),
+    Patterns(patterns::Options),
 }
 
 fn main() -> ExitCode {
@@ -44,6 +52,9 @@ fn main() -> ExitCode {
         Command::Demo(options) => demo::run(options),
         Command::Console(options) => console::run(options),
         Command::Replay(options) => replay::run(options),
+        Command::Hil(options) => hil::run(options),
+        Command::Host(options) => host::run(options),
+        Command::Patterns(options) => patterns::run(options),
     };
     done.unwrap_or_else(|error| {
         eprintln!("error: {error:#}");

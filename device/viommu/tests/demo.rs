@@ -77,7 +77,7 @@ fn probe_is_one_request_with_the_handover_in_its_answer() {
     // 72 bytes of request; 512 bytes of properties and 4 of tail.
     assert_eq!(probe["sent"], sent(1, 1, 72 + 512 + 4));
     assert_eq!(probe["pasid_bits"], 20);
-    assert_eq!(probe["table_formats"], json!([1]));
+    assert_eq!(probe["table_formats"], json!([1, 128]));
     assert_eq!(probe["reserved"], json!([{"kind": "msi", "first": "0x8000000", "last": "0x80fffff"}]));
 }
 

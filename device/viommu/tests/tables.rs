@@ -296,7 +296,9 @@ fn what_the_request_shows_to_be_wrong_is_not_bound() {
         (attach_pasid_table(1, 8, DIRECTORY, 0, 7), status(UNSUPP)),
         (attach_page_table(1, 8, PML4, 48, 1), status(UNSUPP)),
         (format!("req 06000000{}{}33{} 4", le32(1), le32(8), zeros(111)), status(UNSUPP)),
-        (format!("req 06000000{}{}80{} 4", le32(1), le32(8), zeros(111)), status(UNSUPP)),
+        (format!("req 06000000{}{}80{} 4", le32(2), le32(16), zeros(111)), status(UNSUPP)),
+        // A page table for one PASID, of nothing but zeros.
+        (format!("req 06000000{}{}80{} 4", le32(1), le32(8), zeros(111)), status(INVAL)),
         // Mappings have no place in a domain of tables.
         (map(1, 0x1000, 0x1fff, 0, 3), status(INVAL)),
         (unmap(1, 0x1000, 0x1fff), status(INVAL)),

@@ -191,7 +191,7 @@ impl Options {
                 Kind::Vtd => Some(vtd.caps()),
                 Kind::None => None,
             };
-            let known = endpoints.insert(id, EndpointCaps { tables, reserved: Vec::new() });
+            let known = endpoints.insert(id, EndpointCaps { tables, ..EndpointCaps::default() });
             ensure!(known.is_none(), "endpoint {id} is listed twice");
         }
         let (first, last) = DEFAULT_MSI;

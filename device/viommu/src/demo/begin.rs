@@ -4,7 +4,7 @@ use anyhow::{Context as _, ensure};
 use pgtable_formats::{Access, AccessKind};
 use viommu_device::host::{FaultCause, Host as _, Stream, TableCaps};
 use viommu_guest::{Endpoint, Hardware};
-use viommu_wire::numbers::{EVENT_QUEUE, FORMAT_ARM_SMMU3, REQUEST_QUEUE};
+use viommu_wire::numbers::{EVENT_QUEUE, FORMAT_ARM_PT, FORMAT_ARM_SMMU3, REQUEST_QUEUE};
 use viommu_wire::{FaultReason, Features, Gpa, Iova, IovaRange, ReservedKind, ReservedRegion};
 use virtio_queue::QueueT;
 
@@ -72,7 +72,7 @@ pub(super) fn probe(guest: &mut Guest) -> anyhow::Result<(Endpoint, facts::Probe
     let msi = IovaRange::new(machine::MSI.0, machine::MSI.1).context("an empty MSI window")?;
     let expected = vec![ReservedRegion { kind: ReservedKind::Msi, range: msi }];
     same("reserved regions", &properties.reserved, &expected)?;
-    same("formats", properties.formats.iter().collect(), vec![FORMAT_ARM_SMMU3])?;
+    same("formats", properties.formats.iter().collect(), vec![FORMAT_ARM_SMMU3, FORMAT_ARM_PT])?;
     same("properties without meaning", (properties.unknown, properties.malformed), (0, 0))?;
     same("requests for a PROBE", (sent.requests, sent.notifications), (1, 1))?;
     let page_sizes = [(caps.granule_4k, 4096), (caps.granule_16k, 16384), (caps.granule_64k, 65536)];

@@ -33,13 +33,13 @@ impl Engine {
 
     /// Reads memory for the process with this PASID; `None`: without saying for whom.
     pub(super) fn read(&self, pasid: Option<Pasid>, at: Iova, bytes: &mut [u8]) -> Result<(), Refused> {
-        let memory = self.machine.behind(self.stream(pasid));
+        let memory = self.machine.behind_recorded(self.stream(pasid));
         memory.read_slice(bytes, GuestAddress(at.0)).map_err(refused)
     }
 
     /// Writes memory for the process with this PASID; `None`: without saying for whom.
     pub(super) fn write(&self, pasid: Option<Pasid>, at: Iova, bytes: &[u8]) -> Result<(), Refused> {
-        let memory = self.machine.behind(self.stream(pasid));
+        let memory = self.machine.behind_recorded(self.stream(pasid));
         memory.write_slice(bytes, GuestAddress(at.0)).map_err(refused)
     }
 

@@ -41,7 +41,10 @@ pub(super) fn start(strict: bool) -> anyhow::Result<Machine> {
     for (endpoint, tables, reserved) in
         [(SMMUV3, smmuv3.clone(), vec![msi]), (COMPARED, smmuv3, vec![msi]), (VTD, vtd, Vec::new())]
     {
-        host.add_endpoint(endpoint, EndpointCaps { tables: Some(tables), reserved })?;
+        host.add_endpoint(
+            endpoint,
+            EndpointCaps { tables: Some(tables), reserved, ..EndpointCaps::default() },
+        )?;
     }
     Ok(Machine::new(memory, Device::new(DeviceConfig::default(), host)?, QUEUE_SIZE)?)
 }

@@ -13,11 +13,15 @@ mod machine;
 mod share;
 mod text;
 
+use std::fs::File;
 use std::io::{self, Write as _};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::Context as _;
 use clap::Args;
+use viommu_queue::record::Tape;
 
 use facts::{Sharing, Story};
 use guest::Guest;
@@ -37,6 +41,9 @@ pub(crate) struct Options {
     /// How many buffers of 4 KiB the last scene moves in each way.
     #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=8192))]
     buffers: u32,
+    /// Records what guest and devices do, for `viommu patterns`. Times in the trace are numbers of events.
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
     /// Hardware that caches nothing. It has no stale translations to show, so scene 4 does not come out as told.
     #[arg(long, hide = true)]
     strict: bool,
@@ -59,6 +66,7 @@ fn tell(
     show: &mut dyn FnMut(&dyn std::fmt::Display) -> anyhow::Result<()>,
 ) -> anyhow::Result<Story> {
     let machine = machine::start(options.strict)?;
+    let tape = options.trace.as_deref().map(|path| record(&machine, path)).transpose()?;
     let mut guest = Guest::start(&machine)?;
     let guest = &mut guest;
 
@@ -83,8 +91,20 @@ fn tell(
 
     let comparison = compare::compare(&machine, guest, options.buffers).context("scene 7")?;
     show(&text::Comparison(&comparison))?;
+    if let Some((tape, path)) = tape {
+        machine.lock().set_recorder(None);
+        tape.finish().with_context(|| format!("{}", path.display()))?;
+    }
     show(&text::Closing)?;
     Ok(Story { machine: first, probe, smmuv3, vtd, comparison })
+}
+
+/// From now on, everything goes into the trace.
+fn record<'p>(machine: &Machine, path: &'p Path) -> anyhow::Result<(Arc<Tape<File>>, &'p Path)> {
+    let file = File::create(path).with_context(|| format!("{}", path.display()))?;
+    let tape = Arc::new(Tape::new(file));
+    machine.lock().set_recorder(Some(tape.clone()));
+    Ok((tape, path))
 }
 
 /// Scenes 3 to 5 with the same code, and hardware of another maker.
