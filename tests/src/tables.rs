@@ -6,7 +6,7 @@ use pgtable_formats::format::Attrs;
 use pgtable_formats::leaf::vmsav8::{Granule, Vmsav8};
 use pgtable_formats::{Gpa, Iova, IovaRange, Pasid, TableAlloc, TableMem};
 use viommu_device::host::TableCaps;
-use viommu_wire::{TableDescriptor, VtdPageTable, VtdPasidTable};
+use viommu_wire::{ArmPageTable, TableDescriptor, VtdPageTable, VtdPasidTable};
 
 /// A stage-1 page table: 4 KiB pages, 48 bits of address.
 #[derive(Clone, Copy, Debug)]
@@ -15,6 +15,8 @@ pub enum PageTable {
     Smmuv3 {
         /// The descriptor.
         cd: smmuv3::Cd,
+        /// The same where it is bound on its own.
+        bare: smmuv3::PageTable,
         /// The format of its lower half.
         format: Vmsav8,
     },
@@ -48,7 +50,9 @@ impl PageTable {
                 let cd = spec.encode(caps).expect("a legal descriptor");
                 let context = smmuv3::context_from_cd(&cd.words(), caps, false).expect("a legal descriptor");
                 let format = *context.half(Iova(0)).expect("a lower half");
-                Self::Smmuv3 { cd, format }
+                let registers = smmuv3::PageTableRegisters::of(&cd);
+                let bare = smmuv3::PageTable::new(&registers, caps).expect("what the descriptor says");
+                Self::Smmuv3 { cd, bare, format }
             }
             TableCaps::Vtd(caps) => {
                 let flags = vtd::FirstStageFlags::empty();
@@ -102,25 +106,30 @@ impl PageTable {
         self.map(memory, iova, output, length, Attrs::READ_WRITE);
     }
 
-    /// How ATTACH_TABLE binds it to one PASID, where the architecture has that.
+    /// How ATTACH_TABLE binds it to one PASID; both architectures have that.
     pub fn descriptor(&self, pasid: u32) -> Option<TableDescriptor> {
-        match self {
-            Self::Smmuv3 { .. } => None,
-            Self::Vtd(table) => Some(TableDescriptor::VtdPageTable(VtdPageTable {
+        let pasid = Pasid::new(pasid).expect("20 bits");
+        Some(match self {
+            Self::Smmuv3 { bare, .. } => {
+                let smmuv3::PageTableRegisters { asid, tcr, ttbr0, ttbr1, mair } = bare.registers();
+                let tcr = tcr.into_bits();
+                TableDescriptor::ArmPageTable(ArmPageTable { pasid, asid, tcr, ttbr0, ttbr1, mair })
+            }
+            Self::Vtd(table) => TableDescriptor::VtdPageTable(VtdPageTable {
                 pgd: table.root(),
                 flags: table.flags().bits(),
                 addr_width: table.address_width(),
-                pasid: Pasid::new(pasid).expect("20 bits"),
-            })),
-        }
+                pasid,
+            }),
+        })
     }
 
-    /// What a host is given for one PASID, where the architecture has that.
+    /// What a host is given for one PASID; both architectures have that.
     pub fn canonical(&self) -> Option<Canonical> {
-        match self {
-            Self::Smmuv3 { .. } => None,
-            Self::Vtd(table) => Some(Canonical::VtdFirstStage(*table)),
-        }
+        Some(match self {
+            Self::Smmuv3 { bare, .. } => Canonical::Smmuv3PageTable(*bare),
+            Self::Vtd(table) => Canonical::VtdFirstStage(*table),
+        })
     }
 }
 

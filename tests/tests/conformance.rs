@@ -18,8 +18,11 @@ mod conformance {
     mod events;
     mod features_config;
     mod handover;
+    mod interrupts;
     mod invalidate;
     mod map;
+    mod page_requests;
+    mod page_tables;
     mod probe;
     mod requests;
     mod unmap;

@@ -17,7 +17,9 @@
 )]
 
 mod building;
+mod faults;
 mod measure;
+mod mediated;
 mod memory;
 mod rings;
 mod translation;
@@ -45,7 +47,9 @@ fn main() {
     walks::floor(&mut suite);
     walks::run(&mut suite);
     translation::run(&mut suite);
+    faults::run(&mut suite);
     building::run(&mut suite);
+    mediated::run(&mut suite);
     memory::run(&mut suite);
     suite.finish();
 }

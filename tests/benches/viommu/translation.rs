@@ -29,7 +29,7 @@ pub(crate) fn run(suite: &mut Suite) {
 /// A host with one endpoint, whose PASID table is bound.
 fn host(memory: &Memory, caps: &TableCaps, pasids: &PasidTable) -> SoftHost<GuestTables> {
     let mut host = SoftHost::new(memory.tables().clone());
-    let endpoint = EndpointCaps { tables: Some(caps.clone()), reserved: Vec::new() };
+    let endpoint = EndpointCaps { tables: Some(caps.clone()), ..EndpointCaps::default() };
     host.add_endpoint(ENDPOINT, endpoint).expect("an endpoint");
     let table = &pasids.canonical();
     let mut space =

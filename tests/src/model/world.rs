@@ -1,7 +1,7 @@
 //! What a device is made of, in plain numbers: what the model knows, and what the real device is made from.
 
 use pgtable_formats::context::{smmuv3, vtd};
-use viommu_device::host::{EndpointCaps, TableCaps};
+use viommu_device::host::{EndpointCaps, TableCaps, TableKinds};
 use viommu_device::{DeviceConfig, Limits};
 use viommu_wire::{
     DomainId, DomainRange, EndpointId, Features, Iova, IovaRange, ReservedKind, ReservedRegion,
@@ -321,7 +321,9 @@ impl World {
                 max_pending_events: events,
                 max_bound_pasids_per_endpoint: pasids_per_endpoint,
                 max_bound_pasids: pasids,
+                ..Limits::DEFAULT
             },
+            ..DeviceConfig::default()
         }
     }
 
@@ -349,7 +351,12 @@ impl EndpointSpec {
                 Some(TableCaps::Vtd(vtd::Caps::from_registers(registers)))
             }
         };
-        EndpointCaps { tables, reserved: reserved.collect() }
+        // The model knows no page tables of single PASIDs on an SMMUv3.
+        let kinds = match self.tables {
+            Hardware::Smmuv3 { .. } => TableKinds::PASID_TABLE,
+            Hardware::None | Hardware::Vtd { .. } => TableKinds::all(),
+        };
+        EndpointCaps { tables, kinds, reserved: reserved.collect(), ..EndpointCaps::default() }
     }
 
     /// As the wire names it.

@@ -3,8 +3,8 @@
 use std::collections::VecDeque;
 
 use viommu_device::host::{
-    EndpointCaps, FaultReport, Host, HostError, Invalidation, MapError, SpaceSpec, Stopped, Stream,
-    UnmapError,
+    EndpointCaps, FaultReport, GroupResponse, Host, HostError, Invalidation, MapError, PageRequestReport,
+    SpaceSpec, Stopped, Stream, UnmapError,
 };
 use viommu_device::mapping::Mapping;
 use viommu_device::soft::SoftHost;
@@ -102,5 +102,13 @@ impl Host for Flaky {
 
     fn next_fault(&mut self) -> Option<FaultReport> {
         self.faults.pop_front().or_else(|| self.inner.next_fault())
+    }
+
+    fn next_page_request(&mut self) -> Option<PageRequestReport> {
+        self.inner.next_page_request()
+    }
+
+    fn respond(&mut self, response: &GroupResponse) -> Result<(), HostError> {
+        self.inner.respond(response)
     }
 }

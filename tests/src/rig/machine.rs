@@ -65,7 +65,7 @@ impl Setup {
 pub fn default_endpoints() -> Vec<(u32, EndpointCaps)> {
     let msi = reserved(ReservedKind::Msi, 0x800_0000, 0x80f_ffff);
     let hole = reserved(ReservedKind::Reserved, 0x10_0000, 0x10_ffff);
-    let caps = |tables, reserved| EndpointCaps { tables, reserved };
+    let caps = |tables, reserved| EndpointCaps { tables, reserved, ..EndpointCaps::default() };
     vec![
         (8, caps(Some(smmuv3()), vec![msi])),
         (9, caps(Some(smmuv3()), vec![msi])),

@@ -2,7 +2,7 @@
 
 use pgtable_formats::format::Attrs;
 use pgtable_formats::{AccessKind, TableMem};
-use viommu_device::host::{FaultCause, HostError, TableCaps};
+use viommu_device::host::{EndpointCaps, FaultCause, HostError, TableCaps, TableKinds};
 use viommu_device::{DeviceConfig, Features, Gpa, Limits};
 use viommu_tests::rig::{Bare, Call, Flaky, Memory, Rig, Sends, Setup, request, smmuv3, vtd};
 use viommu_tests::tables::{PageTable, PasidTable};
@@ -73,6 +73,9 @@ fn x3_formats_that_the_endpoint_does_not_take_are_unsupp() {
     );
     for endpoint in [25, 8, 16] {
         for format in [3, 4, 5, 6, 7, 0x7f, 0x80, 0x82, 0xff] {
+            if (endpoint, format) == (8, 0x80) {
+                continue; // It takes these: X-46.
+            }
             let mut bytes =
                 request::attach_table(1, endpoint, TableDescriptor::Other { format }).encode().to_vec();
             assert_eq!(bytes[12], format);
@@ -89,13 +92,48 @@ fn x3_formats_that_the_endpoint_does_not_take_are_unsupp() {
 }
 
 #[test]
+fn x3_a_host_may_take_one_kind_of_table() {
+    let caps = |tables, kinds| EndpointCaps { tables: Some(tables), kinds, ..EndpointCaps::default() };
+    let mut endpoints = viommu_tests::rig::default_endpoints();
+    endpoints.extend([
+        (30, caps(vtd(), TableKinds::PAGE_TABLE)),
+        (31, caps(vtd(), TableKinds::PASID_TABLE)),
+        (32, caps(smmuv3(), TableKinds::PAGE_TABLE)),
+    ]);
+    let mut rig = Rig::new(Setup { endpoints, ..Setup::default() });
+    let page_table = || request::vtd_page_table(Memory::page(9), 5);
+    let pasid_table = || request::vtd_pasid_table(Memory::page(16));
+    let cd_table = request::cd_table(Memory::page(16), 4);
+    for (endpoint, table) in [(30, pasid_table()), (31, page_table()), (32, cd_table)] {
+        let format = table.format();
+        assert!(!formats(&mut rig, endpoint).contains(&format));
+        rig.refuse(&request::attach_table(1, endpoint, table).encode(), Status::Unsupp);
+    }
+    for (endpoint, table) in [(30, page_table()), (31, pasid_table())] {
+        assert_eq!(formats(&mut rig, endpoint), [table.format()]);
+        assert_eq!(rig.send(&request::attach_table(endpoint, endpoint, table)), Status::Ok);
+    }
+}
+
+/// What PROBE says that an endpoint takes.
+fn formats(rig: &mut Rig, endpoint: u32) -> Vec<u8> {
+    let reply = rig.raw(&request::probe(endpoint).encode(), 516);
+    let formats =
+        Properties::new(&reply.bytes[..512]).filter_map(|property| match property.expect("well formed") {
+            Property::TableFormats(formats) => Some(formats),
+            _ => None,
+        });
+    formats.flat_map(viommu_wire::TableFormats::iter).collect()
+}
+
+#[test]
 fn x4_pasids_beyond_the_hardware_are_unsupp() {
     use pgtable_formats::context::{smmuv3 as smmu, vtd as dmar};
     let mut registers = smmu::IdRegisters::SOFTWARE;
     registers.idr1 = smmu::Idr1::from_bits(registers.idr1).with_ssidsize(4).into_bits();
     let mut units = dmar::CapRegisters::SOFTWARE;
     units.ecap = dmar::Ecap::from_bits(units.ecap).with_pss(13).into_bits();
-    let caps = |tables| viommu_device::host::EndpointCaps { tables: Some(tables), reserved: vec![] };
+    let caps = |tables| EndpointCaps { tables: Some(tables), ..EndpointCaps::default() };
     let arm = TableCaps::Smmuv3(smmu::Caps::from_registers(registers));
     let intel = TableCaps::Vtd(dmar::Caps::from_registers(units));
     let mut endpoints = viommu_tests::rig::default_endpoints();
@@ -438,7 +476,7 @@ fn x24_handover_properties_appear_with_the_feature_only() {
             Property::HwArmSmmu3 { .. },
             Property::PasidSize { bits: 20 },
             Property::TableFormats(formats),
-        ] => assert_eq!(formats.iter().collect::<Vec<_>>(), [1]),
+        ] => assert_eq!(formats.iter().collect::<Vec<_>>(), [1, 0x80]),
         ref other => panic!("{other:?}"),
     }
     match kinds(&mut rig, 16)[..] {

@@ -95,7 +95,7 @@ fn d48_properties_stand_back_to_back() {
     let caps = |index: u64| reserved(ReservedKind::Reserved, index << 20, (index << 20) + 0xfff);
     let regions: Vec<_> = (1..=20).map(caps).collect();
     let endpoints = vec![
-        (8, EndpointCaps { tables: Some(smmuv3()), reserved: regions.clone() }),
+        (8, EndpointCaps { tables: Some(smmuv3()), reserved: regions.clone(), ..EndpointCaps::default() }),
         (24, EndpointCaps::default()),
     ];
     let config = DeviceConfig { probe_size: 1024, ..DeviceConfig::default() };
@@ -169,7 +169,7 @@ fn d51_reserved_bytes_of_resv_mem_are_zero() {
 fn d52_an_endpoint_has_at_most_one_msi_region() {
     let regions =
         vec![reserved(ReservedKind::Msi, 0x1000, 0x1fff), reserved(ReservedKind::Msi, 0x3000, 0x3fff)];
-    let caps = EndpointCaps { tables: None, reserved: regions };
+    let caps = EndpointCaps { reserved: regions, ..EndpointCaps::default() };
     let mut host = SoftHost::new(NoMemory);
     assert_eq!(host.add_endpoint(EndpointId(8), caps.clone()), Err(EndpointError::TwoMsiRegions));
     assert_eq!(
@@ -183,7 +183,7 @@ fn d53_reserved_regions_of_an_endpoint_do_not_overlap() {
     let regions =
         vec![reserved(ReservedKind::Msi, 0x3000, 0x4fff), reserved(ReservedKind::Reserved, 0x1000, 0x3000)];
     let (first, second) = (regions[1].range, regions[0].range);
-    let caps = EndpointCaps { tables: None, reserved: regions };
+    let caps = EndpointCaps { reserved: regions, ..EndpointCaps::default() };
     let mut host = SoftHost::new(NoMemory);
     assert_eq!(host.add_endpoint(EndpointId(8), caps.clone()), Err(EndpointError::ReservedOverlap));
     let error = ConfigError::ReservedOverlap { endpoint: EndpointId(8), first, second };
@@ -193,7 +193,7 @@ fn d53_reserved_regions_of_an_endpoint_do_not_overlap() {
 #[test]
 fn d54_accesses_to_reserved_regions_touch_nobody_else() {
     let regions = vec![reserved(ReservedKind::Reserved, Memory::page(2).0, Memory::page(2).0 + 0xfff)];
-    let caps = EndpointCaps { tables: None, reserved: regions };
+    let caps = EndpointCaps { reserved: regions, ..EndpointCaps::default() };
     let endpoints = vec![(8, caps), (24, EndpointCaps::default())];
     let mut rig = Rig::new(Setup { endpoints, ..Setup::default() });
     let target = Memory::page(2);
