@@ -1,7 +1,7 @@
 //! `hil`: whether this machine's hardware does what is promised to a guest.
 //!
 //! A VMM and its guest in one process, on the real kernel: guest memory, the device on `IommufdHost`, virtqueues, the
-//! driver of `viommu-guest`. Requests are real ones, data is moved by the DMA of real devices ([`bench`]), and each
+//! driver of `viommu-guest`. Requests are real ones, data is moved by the DMA of real devices ([`bench`](mod@bench)), and each
 //! [check](checks) compares it with memory. [`report`] tells what was found.
 
 mod bench;
