@@ -152,12 +152,7 @@ impl AddressSpace {
         target: Gpa,
         attrs: Attrs,
     ) -> Result<(), TableError> {
-        if self.closed {
-            return Err(TableError::Closed);
-        }
-        if self.windows.touch(range) {
-            return Err(TableError::MsiWindow(range));
-        }
+        self.admit(range)?;
         self.insert(driver, range, target, attrs)
     }
 
@@ -204,12 +199,7 @@ impl AddressSpace {
         target: Gpa,
         attrs: Attrs,
     ) -> Result<(), TableError> {
-        if self.closed {
-            return Err(TableError::Closed);
-        }
-        if self.windows.touch(range) {
-            return Err(TableError::MsiWindow(range));
-        }
+        self.admit(range)?;
         self.unmap(driver, range)?;
         self.insert(driver, range, target, attrs)
     }
@@ -231,12 +221,7 @@ impl AddressSpace {
         range: IovaRange,
         attrs: Attrs,
     ) -> Result<(), TableError> {
-        if self.closed {
-            return Err(TableError::Closed);
-        }
-        if self.windows.touch(range) {
-            return Err(TableError::MsiWindow(range));
-        }
+        self.admit(range)?;
         let memory = driver.platform.memory();
         let anew = match &self.table {
             Table::Smmuv3 { format, .. } => protect::in_place(format, memory, range, attrs),
@@ -446,6 +431,17 @@ impl AddressSpace {
             Table::Smmuv3 { context, .. } => Stage1::Smmuv3(*context),
             Table::Vtd(table) => Stage1::Vtd(*table),
         }
+    }
+
+    /// Whether the caller may put mappings in `range`.
+    fn admit(&self, range: IovaRange) -> Result<(), TableError> {
+        if self.closed {
+            return Err(TableError::Closed);
+        }
+        if self.windows.touch(range) {
+            return Err(TableError::MsiWindow(range));
+        }
+        Ok(())
     }
 
     /// Maps, or leaves nothing of `range` behind.
