@@ -91,6 +91,39 @@ impl Canonical {
     }
 }
 
+impl Canonical {
+    /// Whether the table says that `fault` of an access with `pasid` (`None`: untagged DMA) is not to be recorded:
+    /// CD.R = 0 on Arm, FPD = 1 on VT-d. The access has failed all the same.
+    ///
+    /// `stage1` is what the access was translated by, where that is known: a table in memory may say something else by
+    /// now.
+    #[cold]
+    pub fn silences<M: TableMem>(
+        &self,
+        mem: &M,
+        pasid: Option<Pasid>,
+        stage1: Option<&Stage1>,
+        fault: Fault,
+    ) -> bool {
+        match (self, fault) {
+            (Self::Smmuv3(_) | Self::Smmuv3PageTable(_), Fault::Smmuv3(event)) if event.heeds_r() => {
+                let found = match stage1 {
+                    Some(stage1) => Some(*stage1),
+                    None => match self.lookup(mem, pasid) {
+                        Ok(Context::Stage1(stage1)) => Some(stage1),
+                        Ok(Context::Bypass) | Err(_) => None,
+                    },
+                };
+                matches!(found, Some(Stage1::Smmuv3(context)) if !context.records())
+            }
+            (Self::VtdPasidTable(table), Fault::Vtd(reason)) if reason.is_qualified() => {
+                table.disables_faults(mem, pasid)
+            }
+            _ => false,
+        }
+    }
+}
+
 impl Stage1 {
     /// Walks the live table for `iova`.
     ///

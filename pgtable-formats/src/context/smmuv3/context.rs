@@ -12,6 +12,7 @@ use crate::{
 pub struct Context {
     asid: u16,
     big_endian: bool,
+    records: bool,
     lower: Option<Vmsav8>,
     upper: Option<Vmsav8>,
 }
@@ -33,6 +34,13 @@ impl Context {
     #[inline]
     pub const fn is_big_endian(&self) -> bool {
         self.big_endian
+    }
+
+    /// CD.R: whether faults of the walk are recorded, see [`Event::heeds_r`]. What stalls (CD.S) always is: it waits
+    /// for an answer (IHI 0070, 3.12.2).
+    #[inline]
+    pub const fn records(&self) -> bool {
+        self.records
     }
 
     /// Walks the live table.
@@ -156,7 +164,13 @@ pub(super) fn judge(words: [u64; 3], caps: &Caps, rules: &Rules) -> Result<Conte
         ds: caps.ds && word2.ds(),
         flags: shared_flags(word0, word1) & rules.flags,
     };
-    let mut context = Context { asid: word0.asid(), big_endian: word0.endi(), lower: None, upper: None };
+    let mut context = Context {
+        asid: word0.asid(),
+        big_endian: word0.endi(),
+        records: word0.record() || word0.stall(),
+        lower: None,
+        upper: None,
+    };
     if !word0.epd0() {
         let half = HalfFields {
             granule: lower_granule(word0.tg0()),

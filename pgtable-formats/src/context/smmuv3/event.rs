@@ -90,6 +90,13 @@ impl Event {
         }
     }
 
+    /// Whether `CD.R = 0` keeps the event from being recorded: it is one of the four faults of stage 1 whose handling
+    /// `CD.{A,R,S}` configure (IHI 0070, 3.12, 5.4, 5.5). Configuration errors and aborts of the SMMU's own accesses,
+    /// F_WALK_EABT among them, are always recorded.
+    pub const fn heeds_r(self) -> bool {
+        matches!(self, Self::FTranslation | Self::FAddrSize | Self::FAccess | Self::FPermission)
+    }
+
     /// What the event means, in neutral words.
     pub const fn class(self) -> FaultClass {
         match self {

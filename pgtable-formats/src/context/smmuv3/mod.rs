@@ -10,8 +10,9 @@
 //!
 //! Not supported: VMSAv8-32 (`AA64 = 0`) and VMSAv9-128 tables, permission indirection (PIE), the attribute
 //! index extension (AIE), memory attributes (MAIR is carried in the raw layout and otherwise ignored), MPAM,
-//! stall (`CD.S = 1` passes only where the endpoint may stall; the fault comes out like any other), `CD.R` and `CD.A`
-//! (a fault comes out whether or not it is to be recorded, and does not say how the transaction ends).
+//! stall (`CD.S = 1` passes only where the endpoint may stall; the fault comes out like any other), `CD.A` (a fault does
+//! not say how the transaction ends). A fault comes out whether or not it is to be recorded: [`Context::records`] and
+//! [`Event::heeds_r`] tell that.
 
 mod build;
 mod caps;

@@ -506,6 +506,21 @@ fn c_bad_cd_list() {
 }
 
 #[test]
+fn r_and_s_say_whether_faults_are_recorded() {
+    let caps = Caps { stall_model: StallModel::Both, ..caps() };
+    for (record, stall, records) in
+        [(true, false, true), (false, false, false), (true, true, true), (false, true, true)]
+    {
+        let mut cd = legal();
+        cd.word0 = cd.word0.with_record(record).with_stall(stall);
+        let context = context_from_cd(&cd.words(), &caps, true).unwrap();
+        assert_eq!(context.records(), records, "R {record}, S {stall}");
+    }
+    let heeding: Vec<_> = Event::ALL.into_iter().filter(|event| event.heeds_r()).collect();
+    assert_eq!(heeding, [Event::FTranslation, Event::FAddrSize, Event::FAccess, Event::FPermission]);
+}
+
+#[test]
 fn stalling_endpoints() {
     let caps = Caps { stall_model: StallModel::Both, ..caps() };
     let memory = memory();

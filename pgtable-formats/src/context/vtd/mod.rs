@@ -10,7 +10,8 @@
 //!
 //! Not supported: second-stage and nested entries (PGTT 2 and 3), legacy and abort modes, execute requests (ERE),
 //! NXE, SMEP and memory types in PASID entries: no host interface can express them, so they are reserved here.
-//! FPD, which stops the recording of faults, is ignored.
+//! A fault comes out whether or not FPD stops its recording: [`PasidTable::disables_faults`] and
+//! [`FaultReason::is_qualified`] tell that.
 
 mod build;
 mod caps;

@@ -75,6 +75,14 @@ reasons! {
     ENTRY_UPDATE_FAILED = 0x91, TableAccess, "flags of a first-stage entry could not be updated";
 }
 
+impl FaultReason {
+    /// Whether FPD of a PASID directory entry or a PASID entry keeps the fault from being recorded: it arises from such
+    /// an entry or from what it leads to, and the entry itself could be read.
+    pub const fn is_qualified(self) -> bool {
+        self.0 >= Self::DIRECTORY_NOT_PRESENT.0 && self.0 != Self::ENTRY_ACCESS.0
+    }
+}
+
 impl fmt::Display for FaultReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:#04x}", self.0)

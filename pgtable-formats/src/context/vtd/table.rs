@@ -1,6 +1,6 @@
 //! The canonical PASID directory: from a context entry to the page table of a PASID.
 
-use super::{Caps, ContextEntry, DirectoryEntry, FaultReason, PasidEntry};
+use super::{Caps, ContextEntry, DirectoryEntry, FaultReason, PasidEntry, PasidWord0};
 use crate::{Gpa, Pasid, TableMem, context};
 
 /// Why a PASID directory, a context entry or a first-stage table is not bound.
@@ -222,6 +222,19 @@ impl PasidTable {
         PasidEntry::from_words(words).judge(&self.caps)
     }
 
+    /// FPD: whether faults of requests with `pasid` (`None`: untagged DMA) are kept from being recorded, by the
+    /// directory entry or the PASID entry. Both are read now, whether or not they are present; what is not in memory
+    /// says nothing. See [`FaultReason::is_qualified`].
+    #[cold]
+    pub fn disables_faults<M: TableMem>(&self, mem: &M, pasid: Option<Pasid>) -> bool {
+        let Ok(pasid) = self.select(pasid) else { return false };
+        let Ok(directory) = mem.load(self.directory_entry(pasid)) else { return false };
+        DirectoryEntry::from_bits(directory).fault_disable()
+            || self
+                .locate(mem, pasid)
+                .is_ok_and(|at| mem.load(at).is_ok_and(|word| PasidWord0::from_bits(word).fault_disable()))
+    }
+
     /// The first PASID that no tagged request can use.
     pub(super) const fn tagged_end(&self) -> u32 {
         if self.tagged { 1 << self.pasid_bits() } else { 0 }
@@ -229,7 +242,7 @@ impl PasidTable {
 
     /// Whose entry serves `pasid`.
     #[inline]
-    const fn select(&self, pasid: Option<Pasid>) -> Result<Pasid, FaultReason> {
+    pub(super) const fn select(&self, pasid: Option<Pasid>) -> Result<Pasid, FaultReason> {
         match pasid {
             None => Ok(self.untagged),
             Some(_) if !self.tagged => Err(FaultReason::PASID_DISABLED),
@@ -240,7 +253,7 @@ impl PasidTable {
 
     /// Where the entry of `pasid`, which the directory covers, is.
     #[inline]
-    fn locate<M: TableMem>(&self, mem: &M, pasid: Pasid) -> Result<Gpa, FaultReason> {
+    pub(super) fn locate<M: TableMem>(&self, mem: &M, pasid: Pasid) -> Result<Gpa, FaultReason> {
         let entry = mem.load(self.directory_entry(pasid)).map_err(|_| FaultReason::DIRECTORY_ACCESS)?;
         let entry = DirectoryEntry::from_bits(entry);
         if !entry.present() {

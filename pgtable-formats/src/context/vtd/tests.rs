@@ -594,6 +594,17 @@ fn p_is_written_last_and_cleared_first() {
 
 // ---- anything goes in ----
 
+/// A fault of the PASID entry or of what it leads to, and of the directory entry once that was read.
+#[test]
+fn which_faults_fpd_keeps_from_being_recorded() {
+    let unqualified: Vec<u8> =
+        FaultReason::ALL.iter().filter(|reason| !reason.is_qualified()).map(|reason| reason.0).collect();
+    assert!(unqualified.iter().all(|&number| number <= 0x50 || number == 0x58), "{unqualified:x?}");
+    for number in [0x45, 0x46, 0x50, 0x58] {
+        assert!(unqualified.contains(&number), "{number:#x}");
+    }
+}
+
 proptest! {
     #[test]
     fn any_registers_and_numbers_are_taken(
