@@ -181,7 +181,7 @@ impl<H: Host> Device<H> {
             return;
         }
         match core::mem::replace(&mut self.endpoints[at].untagged, Bound::Nothing) {
-            Bound::PasidTable(space) | Bound::PageTable(space) => {
+            Bound::PasidTable(space, _) | Bound::PageTable(space) => {
                 self.stuck.push(Stuck { streams: vec![stream], space });
             }
             // These know their space themselves.
@@ -254,7 +254,7 @@ fn recorded<'a, S>(
     match untagged {
         Bound::Nothing => None,
         Bound::Identity => identity.as_mut(),
-        Bound::PasidTable(space) | Bound::PageTable(space) => Some(space),
+        Bound::PasidTable(space, _) | Bound::PageTable(space) => Some(space),
         Bound::Domain => {
             let place = domains.find(domain?)?;
             match &mut domains[place].space {

@@ -4,7 +4,7 @@ use alloc::vec::Vec;
 
 use viommu_wire::{Config, DomainRange, EndpointId, Features, Iova, IovaRange, ReservedKind, ReservedRegion};
 
-use crate::host::{EndpointCaps, Host, HostError};
+use crate::host::{EndpointCaps, Host, HostError, TableCaps};
 use crate::limits::Limits;
 use crate::request::probe;
 
@@ -19,7 +19,7 @@ use crate::request::probe;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceConfig {
     /// Device-type features to offer, some of [`Self::ALL_FEATURES`]. What the transport offers is not said here.
-    /// PAGE_REQUEST is offered only where an endpoint of the host has page requests.
+    /// PAGE_REQUEST is offered only with ATTACH_TABLE, and where an endpoint of the host has page requests.
     pub features: Features,
     /// The lowest set bit is the granule of every MAP, the others are hints (D-4).
     pub page_size_mask: u64,
@@ -133,7 +133,10 @@ impl DeviceConfig {
     /// The features, without those that no endpoint of `host` has a use for.
     pub(crate) fn offered<H: Host>(&self, host: &H) -> Features {
         let asks = |&endpoint: &EndpointId| host.caps(endpoint).is_some_and(|caps| caps.page_requests);
-        match self.features.contains(Features::PAGE_REQUEST) && !host.endpoints().iter().any(asks) {
+        let has_tables = self.features.contains(Features::ATTACH_TABLE);
+        match self.features.contains(Features::PAGE_REQUEST)
+            && !(has_tables && host.endpoints().iter().any(asks))
+        {
             true => self.features - Features::PAGE_REQUEST,
             false => self.features,
         }
@@ -168,8 +171,11 @@ impl DeviceConfig {
             return Err(ConfigError::ReservedOverlap { endpoint, first, second }); // D-53
         }
         if self.features.contains(Features::PROBE) {
+            let tables = caps.tables.as_ref().map(TableCaps::for_guests);
             // With all that may become visible: probe_size stays when features are negotiated.
-            let needed = probe::properties(caps, offered).map(|property| property.encoded_len()).sum();
+            let needed = probe::properties(caps, tables.as_ref(), offered)
+                .map(|property| property.encoded_len())
+                .sum();
             if u32::try_from(needed).map_or(true, |needed| needed > self.probe_size) {
                 return Err(ConfigError::ProbeSize { endpoint, needed, probe_size: self.probe_size });
             }

@@ -98,8 +98,8 @@ impl<H: Host> Device<H> {
         &self.config
     }
 
-    /// The device-type features on offer (D-1): those of the configuration, and PAGE_REQUEST among them only where an
-    /// endpoint has page requests.
+    /// The device-type features on offer (D-1): those of the configuration, and PAGE_REQUEST among them only with
+    /// ATTACH_TABLE and where an endpoint has page requests.
     pub fn offered_features(&self) -> Features {
         self.offered
     }
@@ -120,7 +120,7 @@ impl<H: Host> Device<H> {
             return Err(FeatureError(unknown));
         }
         self.features = chosen;
-        if !chosen.contains(Features::PAGE_REQUEST) {
+        if !chosen.contains(Features::PAGE_REQUEST | Features::ATTACH_TABLE) {
             self.close_all_groups();
         }
         Ok(())

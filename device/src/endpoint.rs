@@ -6,13 +6,15 @@ use core::ops::{Index, IndexMut};
 
 use viommu_wire::{DomainId, EndpointId, Pasid};
 
-use crate::host::Host;
+use crate::host::{Host, TableCaps};
 use crate::reserved::Reserved;
 
 /// An endpoint as the device sees it.
 #[derive(Debug)]
 pub(crate) struct Endpoint<S> {
     pub(crate) id: EndpointId,
+    /// The guest tables that it takes, as PROBE tells: what a guest is not told of, it does not get.
+    pub(crate) tables: Option<TableCaps>,
     /// What must not be mapped for it.
     pub(crate) reserved: Reserved,
     /// The domain that it is attached to.
@@ -31,16 +33,19 @@ pub(crate) enum Bound<S> {
     /// The space of the mapped domain that the endpoint is attached to.
     Domain,
     /// A guest table that serves all PASIDs.
-    PasidTable(S),
+    PasidTable(S, UntaggedEntry),
     /// A guest table for PASID 0.
     PageTable(S),
 }
+
+/// The PASID whose entry of a PASID table serves untagged accesses, if one does.
+pub(crate) type UntaggedEntry = Option<Pasid>;
 
 impl<S> Bound<S> {
     /// The space, where it belongs to the endpoint.
     pub(crate) fn into_space(self) -> Option<S> {
         match self {
-            Self::PasidTable(space) | Self::PageTable(space) => Some(space),
+            Self::PasidTable(space, _) | Self::PageTable(space) => Some(space),
             Self::Nothing | Self::Identity | Self::Domain => None,
         }
     }
@@ -49,7 +54,7 @@ impl<S> Bound<S> {
 impl<S> Endpoint<S> {
     /// Whether any table of the guest is bound.
     pub(crate) fn has_table(&self) -> bool {
-        !self.pasids.is_empty() || matches!(self.untagged, Bound::PasidTable(_) | Bound::PageTable(_))
+        !self.pasids.is_empty() || matches!(self.untagged, Bound::PasidTable(..) | Bound::PageTable(_))
     }
 
     /// How many page tables are bound for single PASIDs.
@@ -74,8 +79,14 @@ impl<S> Endpoints<S> {
             // Share what is equal: a domain then needs no list of its own.
             let reserved = endpoints.iter().map(|other| &other.reserved).find(|other| other.same(&own));
             let reserved = reserved.cloned().unwrap_or(own);
-            let pasids = BTreeMap::new();
-            endpoints.push(Endpoint { id, reserved, domain: None, untagged: Bound::Nothing, pasids });
+            endpoints.push(Endpoint {
+                id,
+                tables: caps.tables.as_ref().map(TableCaps::for_guests),
+                reserved,
+                domain: None,
+                untagged: Bound::Nothing,
+                pasids: BTreeMap::new(),
+            });
         }
         endpoints.sort_unstable_by_key(|endpoint| endpoint.id);
         endpoints.dedup_by_key(|endpoint| endpoint.id);

@@ -182,7 +182,8 @@ pub enum Rejection {
     /// The host could not do it.
     #[error(transparent)]
     Host(#[from] HostError),
-    /// The host could not invalidate, not even all of the endpoint. What it could is done.
+    /// The host could not invalidate, not even all of the endpoint. What it could is done. NOMEM where it lacked
+    /// resources, which may be there later; otherwise DEVERR.
     #[error("invalidation {0}")]
     Invalidate(#[from] Stopped),
 }
@@ -230,10 +231,11 @@ impl Rejection {
             Self::Smmuv3(refusal) => refused(refusal.is_unsupported()),
             Self::Smmuv3PageTable(refusal) => refused(refusal.is_unsupported()),
             Self::Vtd(refusal) => refused(refusal.is_unsupported()),
-            Self::Limit(..) => Status::NoMem,
+            Self::Limit(..)
+            | Self::Host(HostError::NoMemory)
+            | Self::Invalidate(Stopped { error: HostError::NoMemory, .. }) => Status::NoMem,
             Self::Host(HostError::Unsupported) => Status::Unsupp,
             Self::Host(HostError::BadAddress) => Status::Inval,
-            Self::Host(HostError::NoMemory) => Status::NoMem,
             Self::Host(HostError::Failed(_)) | Self::Invalidate(_) => Status::DevErr,
         })
     }

@@ -22,6 +22,11 @@ use crate::mapping::Mapping;
 /// - When [`bind`](Self::bind) has replaced or taken away what a stream translated through, the host has answered the
 ///   stream's page requests INVALID itself, and does not report any of them any more. With the untagged stream these
 ///   are the PASIDs, too, that are not bound on their own.
+/// - The same goes for [`invalidate`](Self::invalidate) and the stream that is [revoked](Invalidation::revoked),
+///   whatever its entry says now. Of what an invalidation of a whole endpoint is about, the host may answer requests
+///   whose entry it finds changed, and no others.
+/// - Groups of an endpoint are numbered in rotation: a number is used again after all others, so that an answer which
+///   comes late meets no other group.
 /// - What an endpoint without [`EndpointCaps::page_requests`] does is never a page request.
 pub trait Host {
     /// What a stream translates through.
@@ -76,7 +81,8 @@ pub trait Host {
     /// How many of `batch` were done before one failed.
     fn invalidate(&mut self, batch: &[Invalidation]) -> Result<(), Stopped>;
 
-    /// The oldest failed access that was not handed out yet.
+    /// The oldest failed access that was not handed out yet. What the guest's own table says is not to be recorded
+    /// (CD.R, FPD) is not among them, where the machine knows.
     fn next_fault(&mut self) -> Option<FaultReport>;
 
     /// The oldest page request that was not handed out yet. The requests of one group come in order, those of several
@@ -88,11 +94,12 @@ pub trait Host {
     /// Answers a group: all of its requests, which are never reported again. A request with its number that is
     /// reported later begins another group; so it is where the answer comes before the last request was reported.
     ///
-    /// A group that is gone, because the host answered it itself, is no error.
+    /// A group that is gone, because the host answered it itself, is no error: that is [`Answered::Gone`]. The driver,
+    /// where it is one that answers, is told NOENT then, as of any group that is over.
     ///
     /// # Errors
     /// The machine's; the group stays as it was.
-    fn respond(&mut self, response: &GroupResponse) -> Result<(), HostError> {
+    fn respond(&mut self, response: &GroupResponse) -> Result<Answered, HostError> {
         let _ = response;
         Err(HostError::Unsupported)
     }
@@ -136,7 +143,8 @@ pub enum SpaceSpec<'a> {
 /// What an endpoint can do.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct EndpointCaps {
-    /// The guest tables that the machine walks for it; `None` where it walks none.
+    /// The guest tables that the machine walks for it; `None` where it walks none. The device tells a guest, and
+    /// takes tables by, those bits of the registers alone that hold for nested tables (`filtered` of either kind).
     pub tables: Option<TableCaps>,
     /// Which kinds of them the host takes, of those that the device can check for that hardware.
     pub kinds: TableKinds,
@@ -176,6 +184,19 @@ pub enum TableCaps {
     Vtd(vtd::Caps),
 }
 
+impl TableCaps {
+    /// What of it holds for a guest's tables, and a guest is told: the device judges every table by this.
+    pub(crate) const fn for_guests(&self) -> Self {
+        match self {
+            Self::Smmuv3(caps) => {
+                let registers = caps.registers().filtered().with_output_bits(caps.oas_bits);
+                Self::Smmuv3(smmuv3::Caps::from_registers(registers))
+            }
+            Self::Vtd(caps) => Self::Vtd(vtd::Caps::from_registers(caps.registers().filtered())),
+        }
+    }
+}
+
 /// What to drop of the caches over the guest table of one endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Invalidation {
@@ -191,6 +212,19 @@ pub struct Invalidation {
     pub tag: Option<u16>,
     /// Global translations, too.
     pub global: bool,
+}
+
+impl Invalidation {
+    /// The stream whose page requests end with it, see the contract of [`Host`]: the entry of a PASID, or of untagged
+    /// accesses, may have been taken away.
+    pub fn revoked(&self) -> Option<Stream> {
+        match self.scope {
+            Scope::Pasid(pasid) if self.caches.contains(Caches::PASID) => {
+                Some(Stream { endpoint: self.endpoint, pasid })
+            }
+            Scope::Pasid(_) | Scope::Endpoint | Scope::Range { .. } => None,
+        }
+    }
 }
 
 /// How much of an endpoint an [`Invalidation`] is about.
@@ -241,6 +275,9 @@ pub struct PageRequestReport {
     pub last: bool,
     /// VT-d private data.
     pub private_data: Option<[u64; 2]>,
+    /// As which fault it is told to a driver that takes no page requests: for that one the access has failed. `None`:
+    /// the guest's own table says that it is not to be recorded, see [`Host::next_fault`].
+    pub fault: Option<FaultCause>,
 }
 
 /// The answer to a group of page requests.
@@ -252,6 +289,15 @@ pub struct GroupResponse {
     pub group: u16,
     /// The answer.
     pub code: PageResponseCode,
+}
+
+/// What became of the answer to a group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Answered {
+    /// The machine took it.
+    Taken,
+    /// There is no such group any more: the machine answered it itself.
+    Gone,
 }
 
 /// Why an access failed.
@@ -277,11 +323,20 @@ impl FaultCause {
         }
     }
 
-    /// Whether the guest can make the access succeed by an entry of its page table: nothing is mapped there, or not
-    /// with that permission. What is malformed or not in memory, or configured otherwise, is no matter of a page.
+    /// Whether it is a matter of a page: the walk found nothing mapped there, or not with that permission. What is
+    /// malformed or not in memory, or configured otherwise, is none.
+    ///
+    /// An address that no entry of the table can map is none on VT-d. On Arm it is F_TRANSLATION, by which hardware
+    /// stalls an access as by any other (IHI 0070, 3.12.2), so it counts here, too.
     pub const fn is_recoverable(self) -> bool {
         match self {
             Self::Unattached | Self::Unmapped | Self::Permission => false,
+            // What the PASID entry does not enable, and addresses that no table translates.
+            Self::Table(Fault::Vtd(
+                vtd::FaultReason::EXECUTE_DISABLED
+                | vtd::FaultReason::PRIVILEGED_DISABLED
+                | vtd::FaultReason::NOT_CANONICAL,
+            )) => false,
             Self::Table(fault) => matches!(fault.class(), FaultClass::NotMapped | FaultClass::Permission),
         }
     }

@@ -62,7 +62,8 @@
 //! driver answers, once for each *group* of requests: with success the access is tried again, else it fails. A request
 //! that the host handed out is told to the driver or answered, never lost; while the driver offers no buffer, it waits,
 //! and the host keeps what there is no room for. The device answers INVALID itself when what the access waits for is
-//! replaced or taken away (ATTACH, DETACH, ATTACH_TABLE, reset), when the driver takes too long
+//! replaced or taken away (ATTACH, DETACH, ATTACH_TABLE, reset, an INVALIDATE of the PASID cache that names the entry of
+//! one PASID or of untagged accesses), when the driver takes too long
 //! ([`Device::set_time`]), offers a buffer that is too small, or gave up the feature, and when a bound of [`Limits`] is
 //! reached. A driver without the feature hears of such an access as of any fault.
 //!
@@ -79,7 +80,9 @@
 //! | ATTACH to the domain that the endpoint is in | OK, no change |
 //! | device-readable part too short for a known type | INVAL; longer: the rest is ignored |
 //! | event buffer too small | returned with a used length of 0; a fault is kept, a page request answered INVALID |
-//! | PAGE_RESP for a group that the driver was not told of to its end | NOENT |
+//! | PAGE_RESP for a group that the driver was not told of to its end, or that the host has answered itself | NOENT |
+//! | INVALIDATE that the host has no resources for | NOMEM |
+//! | access with a PASID that no page table is bound for, of an attached endpoint | fault, reason DOMAIN |
 //!
 //! # Not here
 //! The feature BYPASS (superseded by BYPASS_CONFIG), tables of other formats, endpoints that come and
@@ -103,6 +106,7 @@ mod page_request;
 mod request;
 mod reserved;
 pub mod soft;
+mod sorted;
 #[cfg(test)]
 mod tests;
 

@@ -2,7 +2,7 @@
 //!
 //! The device takes requests over from the host, tells them to the driver, endpoint by endpoint in turns, and gives the
 //! driver's answer for a whole group to the host. It answers INVALID itself where nobody else will: see
-//! [`PageRequestCounts`], and whenever a binding that the group waits for is replaced.
+//! [`PageRequestCounts`], and whenever a binding that the group waits for is replaced, or its entry invalidated.
 
 mod groups;
 
@@ -11,7 +11,9 @@ use viommu_wire::{AccessFlags, Features, PageRequest, PageResponse, PageResponse
 use crate::device::Device;
 use crate::error::Rejection;
 use crate::event::MAX_DISCARDED;
-use crate::host::{FaultCause, FaultReport, GroupResponse, Host, PageRequestReport, Stream};
+use crate::host::{
+    Answered, FaultCause, FaultReport, GroupResponse, Host, Invalidation, PageRequestReport, Stream,
+};
 use groups::GroupKey;
 pub(crate) use groups::Groups;
 use pgtable_formats::AccessKind;
@@ -91,9 +93,13 @@ impl<H: Host> Device<H> {
         if !self.page_requests.groups.is_answerable(place, (pasid, group)) {
             return Err(Rejection::NoPageRequest { endpoint, pasid, group });
         }
-        self.host.respond(&GroupResponse { stream: Stream { endpoint, pasid }, group, code })?;
+        let answered =
+            self.host.respond(&GroupResponse { stream: Stream { endpoint, pasid }, group, code })?;
         self.page_requests.groups.remove(place, (pasid, group));
-        Ok(())
+        match answered {
+            Answered::Taken => Ok(()),
+            Answered::Gone => Err(Rejection::NoPageRequest { endpoint, pasid, group }),
+        }
     }
 
     /// Takes over what the host has, as far as there is room. One call looks at a bounded number: endpoints may ask as
@@ -114,6 +120,19 @@ impl<H: Host> Device<H> {
     pub(crate) fn close_groups(&mut self, place: usize, selects: impl Fn(Option<Pasid>) -> bool) {
         while let Some(key) = self.page_requests.groups.find(place, &selects) {
             self.close_group(place, key);
+        }
+    }
+
+    /// Answers INVALID the groups of the streams that `batch` revokes. The host, which was asked for them by name, has
+    /// done so with what it holds.
+    pub(crate) fn close_revoked(&mut self, batch: &[Invalidation]) {
+        if self.page_requests.groups.groups() == 0 {
+            return;
+        }
+        for Stream { endpoint, pasid } in batch.iter().filter_map(Invalidation::revoked) {
+            if let Some(place) = self.endpoints.find(endpoint) {
+                self.close_groups(place, |other| other == pasid);
+            }
         }
     }
 
@@ -150,16 +169,19 @@ impl<H: Host> Device<H> {
     }
 
     fn take_over(&mut self, report: &PageRequestReport) {
-        let PageRequestReport { stream, address, access, group, last, private_data } = *report;
+        let PageRequestReport { stream, address, access, group, last, private_data, fault } = *report;
         let place = self.endpoints.find(stream.endpoint);
         let capable = self.host.caps(stream.endpoint).is_some_and(|caps| caps.page_requests);
         let Some(place) = place.filter(|_| capable) else {
             return self.refuse(stream, group); // D-56
         };
-        if !self.features.contains(Features::PAGE_REQUEST) {
-            // For this driver it is a fault like any other.
+        if !self.features.contains(Features::PAGE_REQUEST | Features::ATTACH_TABLE) {
+            // For this driver it is a fault like any other, and told as any other.
             self.refuse(stream, group);
-            return self.push_fault(&final_fault(report));
+            if let Some(cause) = fault {
+                self.push_fault(&final_fault(report, cause));
+            }
+            return;
         }
         let Stream { endpoint, pasid } = stream;
         let request = PageRequest { access, endpoint, pasid, address, group_id: group, last, private_data };
@@ -183,7 +205,7 @@ impl<H: Host> Device<H> {
 }
 
 /// The access as one that failed.
-fn final_fault(report: &PageRequestReport) -> FaultReport {
+fn final_fault(report: &PageRequestReport, cause: FaultCause) -> FaultReport {
     let kind = if report.access.contains(AccessFlags::WRITE) {
         AccessKind::Write
     } else if report.access.contains(AccessFlags::EXEC) {
@@ -196,7 +218,7 @@ fn final_fault(report: &PageRequestReport) -> FaultReport {
         address: Some(report.address),
         kind,
         privileged: report.access.contains(AccessFlags::PRIVILEGED),
-        cause: FaultCause::Unmapped,
+        cause,
     }
 }
 

@@ -1,11 +1,12 @@
 //! Page requests that are not answered yet, by endpoint and group.
 
-use alloc::collections::{BTreeMap, VecDeque};
+use alloc::collections::VecDeque;
 use alloc::vec::Vec;
 
 use viommu_wire::{PageRequest, Pasid};
 
 use crate::limits::Limits;
+use crate::sorted::SortedMap;
 
 /// What names a group of one endpoint: the PASID of its requests (`None`: untagged) and its number.
 pub(super) type GroupKey = (Option<Pasid>, u16);
@@ -27,6 +28,12 @@ pub(crate) struct Groups {
     /// Those of them that the driver was not told of.
     untold: usize,
     groups: usize,
+    age: Age,
+}
+
+/// What is known of the ages of groups without a look at each.
+#[derive(Clone, Copy, Debug)]
+struct Age {
     /// No group is due before, in nanoseconds; `u64::MAX`: none ever is.
     due: u64,
     /// Whether a group has no time yet.
@@ -34,17 +41,18 @@ pub(crate) struct Groups {
 }
 
 /// What one endpoint asks for.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Asking {
     /// What the driver was not told of, oldest first.
     untold: VecDeque<PageRequest>,
-    groups: BTreeMap<GroupKey, Group>,
+    groups: SortedMap<GroupKey, Group>,
     /// Requests in `groups`, told or not.
     requests: usize,
     has_turn: bool,
+    age: Age,
 }
 
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 struct Group {
     requests: usize,
     untold: usize,
@@ -56,13 +64,12 @@ struct Group {
 impl Groups {
     pub(crate) fn new(endpoints: usize) -> Self {
         Self {
-            endpoints: (0..endpoints).map(|_| Asking::default()).collect(),
+            endpoints: (0..endpoints).map(|_| Asking::new()).collect(),
             turns: VecDeque::new(),
             requests: 0,
             untold: 0,
             groups: 0,
-            due: u64::MAX,
-            has_undated: false,
+            age: Age::NONE,
         }
     }
 
@@ -100,14 +107,20 @@ impl Groups {
             self.remove(place, key);
             return Err(Full);
         }
-        let group = asking.groups.entry(key).or_insert_with(|| {
-            self.groups += 1;
-            self.has_undated = true;
-            Group::default()
-        });
-        group.requests += 1;
-        group.untold += 1;
-        group.is_whole = request.last;
+        match asking.groups.get_mut(&key) {
+            Some(group) => {
+                group.requests += 1;
+                group.untold += 1;
+                group.is_whole = request.last;
+            }
+            None => {
+                let group = Group { requests: 1, untold: 1, is_whole: request.last, since: None };
+                asking.groups.insert(key, group);
+                asking.age.has_undated = true;
+                self.age.has_undated = true;
+                self.groups += 1;
+            }
+        }
         asking.untold.push_back(request);
         asking.requests += 1;
         self.requests += 1;
@@ -174,10 +187,10 @@ impl Groups {
 
     /// When [`next_due`](Self::next_due) will have something; at once where a group has no time yet.
     pub(super) fn due(&self, now: u64) -> Option<u64> {
-        match (self.groups, self.has_undated) {
+        match (self.groups, self.age.has_undated) {
             (0, _) => None,
             (_, true) => Some(now),
-            (_, false) => Some(self.due).filter(|&due| due != u64::MAX),
+            (_, false) => Some(self.age.due).filter(|&due| due != u64::MAX),
         }
     }
 
@@ -185,28 +198,92 @@ impl Groups {
     /// call that finds it: it came some time after the call before.
     pub(super) fn overdue(&mut self, now: u64, timeout: u64) -> Vec<(usize, GroupKey)> {
         let mut overdue = Vec::new();
-        if self.groups == 0 || !self.has_undated && self.due > now {
+        if self.groups == 0 || !self.age.is_worth_a_look(now) {
             return overdue;
         }
-        self.due = u64::MAX;
-        self.has_undated = false;
+        self.age = Age::NONE;
         for (place, asking) in self.endpoints.iter_mut().enumerate() {
-            for (&key, group) in &mut asking.groups {
-                let due = group.since.get_or_insert(now).saturating_add(timeout);
-                if due == u64::MAX {
-                    continue;
-                }
-                if due <= now {
-                    overdue.push((place, key));
-                } else {
-                    self.due = self.due.min(due);
+            // What one endpoint asks for in turn does not make the others' groups be looked at.
+            if asking.age.is_worth_a_look(now) {
+                asking.age = Age::NONE;
+                for (&key, group) in asking.groups.iter_mut() {
+                    let due = group.since.get_or_insert(now).saturating_add(timeout);
+                    if due <= now && due != u64::MAX {
+                        overdue.push((place, key));
+                    } else {
+                        asking.age.due = asking.age.due.min(due);
+                    }
                 }
             }
+            self.age.due = self.age.due.min(asking.age.due);
         }
         overdue
     }
 
     fn group(&self, place: usize, key: GroupKey) -> Option<&Group> {
         self.endpoints.get(place)?.groups.get(&key)
+    }
+}
+
+impl Asking {
+    const fn new() -> Self {
+        Self {
+            untold: VecDeque::new(),
+            groups: SortedMap::new(),
+            requests: 0,
+            has_turn: false,
+            age: Age::NONE,
+        }
+    }
+}
+
+impl Age {
+    /// Of no groups.
+    const NONE: Self = Self { due: u64::MAX, has_undated: false };
+
+    const fn is_worth_a_look(&self, now: u64) -> bool {
+        self.has_undated || self.due <= now
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use viommu_wire::{AccessFlags, EndpointId, Iova, PageRequest};
+
+    use super::Groups;
+    use crate::limits::Limits;
+
+    fn ask(groups: &mut Groups, place: usize, group_id: u16) {
+        let request = PageRequest {
+            access: AccessFlags::READ,
+            endpoint: EndpointId(8),
+            pasid: None,
+            address: Iova(0),
+            group_id,
+            last: true,
+            private_data: None,
+        };
+        assert_eq!(groups.add(place, request, &Limits::DEFAULT), Ok(()));
+    }
+
+    #[test]
+    fn a_group_is_due_whatever_other_endpoints_ask_for() {
+        let mut groups = Groups::new(2);
+        ask(&mut groups, 0, 1);
+        assert_eq!(groups.due(0), Some(0), "it has no time yet");
+        assert_eq!(groups.overdue(100, 1_000), []);
+        assert_eq!(groups.due(100), Some(1_100));
+        ask(&mut groups, 1, 1);
+        ask(&mut groups, 0, 2);
+        assert_eq!(groups.overdue(600, 1_000), []);
+        assert_eq!(groups.due(600), Some(1_100));
+        groups.remove(0, (None, 2));
+        assert_eq!(groups.overdue(1_099, 1_000), []);
+        assert_eq!(groups.overdue(1_100, 1_000), [(0, (None, 1))]);
+        groups.remove(0, (None, 1));
+        assert_eq!(groups.due(1_100), Some(1_600));
+        assert_eq!(groups.overdue(1_600, 1_000), [(1, (None, 1))]);
+        groups.remove(1, (None, 1));
+        assert_eq!(groups.due(1_600), None);
     }
 }

@@ -30,9 +30,9 @@ impl<H: Host> Device<H> {
             Request::Probe(probe) => probe.endpoint, // D-43
             other => return Err(Rejection::NotAvailable(other.kind())),
         };
-        let caps = self.endpoints.find(endpoint).and_then(|_| self.host.caps(endpoint));
-        let caps = caps.ok_or(Rejection::NoEndpoint(endpoint))?; // D-44
-        for property in properties(caps, self.features) {
+        let at = self.find_endpoint(endpoint)?; // D-44
+        let caps = self.host.caps(endpoint).ok_or(Rejection::NoEndpoint(endpoint))?;
+        for property in properties(caps, self.endpoints[at].tables.as_ref(), self.features) {
             // D-46, D-47, D-48. All fit: `DeviceConfig::validate` has counted them.
             let Some(written) = property.encode(area) else { break };
             area = area.split_at_mut_checked(written).map_or(&mut [], |(_, rest)| rest);
@@ -42,9 +42,13 @@ impl<H: Host> Device<H> {
 }
 
 /// What PROBE says of an endpoint: reserved regions; once the handover of tables was negotiated, what tables the
-/// endpoint takes; and once page requests were, whether it makes any.
-pub(crate) fn properties(caps: &EndpointCaps, features: Features) -> impl Iterator<Item = Property> {
-    let tables = caps.tables.as_ref().filter(|_| features.contains(Features::ATTACH_TABLE));
+/// endpoint takes; and once page requests were, whether it makes any. `tables`: those of `caps`, for guests.
+pub(crate) fn properties(
+    caps: &EndpointCaps,
+    tables: Option<&TableCaps>,
+    features: Features,
+) -> impl Iterator<Item = Property> {
+    let tables = tables.filter(|_| features.contains(Features::ATTACH_TABLE));
     let handover = tables.map(|tables| {
         let bits = pasid_bits(tables);
         [
@@ -104,11 +108,11 @@ pub(super) const fn pasid_bits(tables: &TableCaps) -> u8 {
     }
 }
 
-/// The registers, without the bits that do not hold for a guest's tables.
+/// The registers.
 fn hardware(tables: &TableCaps) -> Property {
     match tables {
         TableCaps::Smmuv3(caps) => {
-            let registers = caps.registers().filtered().with_output_bits(caps.oas_bits);
+            let registers = caps.registers();
             Property::HwArmSmmu3 {
                 idr0: registers.idr0,
                 idr1: registers.idr1,
@@ -117,7 +121,7 @@ fn hardware(tables: &TableCaps) -> Property {
             }
         }
         TableCaps::Vtd(caps) => {
-            let registers = caps.registers().filtered();
+            let registers = caps.registers();
             Property::HwIntelVtd { cap: registers.cap, ecap: registers.ecap }
         }
     }

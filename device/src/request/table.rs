@@ -1,13 +1,13 @@
 //! ATTACH_TABLE: the guest's own tables.
 
 use pgtable_formats::context::{Canonical, smmuv3, vtd};
-use viommu_wire::{AttachTable, EndpointId, Pasid, TableDescriptor};
+use viommu_wire::{AttachTable, Pasid, TableDescriptor};
 
 use super::probe;
 use crate::binding::Target;
 use crate::device::Device;
 use crate::domain::{DomainKind, DomainSpace};
-use crate::endpoint::Bound;
+use crate::endpoint::{Bound, Endpoint};
 use crate::error::{Rejection, Resource};
 use crate::host::{Host, Scope, SpaceSpec, Stream, TableCaps};
 
@@ -26,7 +26,7 @@ impl<H: Host> Device<H> {
             return self.unbind(at, request, pasid);
         }
         let existing = self.find_domain(request.domain, DomainKind::Table)?;
-        let Checked { table, pasid } = self.check_table(request.endpoint, &request.table)?;
+        let Checked { table, pasid } = self.check_table(at, &request.table)?;
         if existing.is_none() {
             self.check_domains()?;
         }
@@ -38,7 +38,10 @@ impl<H: Host> Device<H> {
 
         let space = self.host.create(SpaceSpec::GuestTable { endpoint: request.endpoint, table: &table })?;
         let result = match pasid {
-            None => self.bind_untagged_table(at, space, false, Bound::PasidTable),
+            None => {
+                let entry = table.effective_pasid(None);
+                self.bind_untagged_table(at, space, false, |space| Bound::PasidTable(space, entry))
+            }
             Some(Pasid::ZERO) => self.bind_untagged_table(at, space, stays, Bound::PageTable),
             Some(pasid) => self.bind_page_table(at, space, pasid, stays),
         };
@@ -85,11 +88,13 @@ impl<H: Host> Device<H> {
         Ok(())
     }
 
-    /// From the guest's numbers to a table that the endpoint takes.
-    fn check_table(&self, endpoint: EndpointId, table: &TableDescriptor) -> Result<Checked, Rejection> {
+    /// From the guest's numbers to a table that the endpoint at `at` takes.
+    fn check_table(&self, at: usize, table: &TableDescriptor) -> Result<Checked, Rejection> {
         let format = table.format();
+        let Endpoint { id: endpoint, tables, .. } = &self.endpoints[at];
+        let endpoint = *endpoint;
         let caps = self.host.caps(endpoint).and_then(|caps| {
-            let tables = caps.tables.as_ref()?;
+            let tables = tables.as_ref()?;
             probe::formats(tables, caps).contains(&format).then_some(tables)
         });
         match (table, caps) {
@@ -119,10 +124,7 @@ impl<H: Host> Device<H> {
                     ttbr1: asked.ttbr1,
                     mair: asked.mair,
                 };
-                // As PROBE tells them: what a guest is not told of, it does not get.
-                let told = caps.registers().filtered().with_output_bits(caps.oas_bits);
-                let told = smmuv3::Caps::from_registers(told);
-                let table = smmuv3::PageTable::new(&registers, &told).map_err(Rejection::Smmuv3PageTable)?;
+                let table = smmuv3::PageTable::new(&registers, caps).map_err(Rejection::Smmuv3PageTable)?;
                 Ok(Checked { table: Canonical::Smmuv3PageTable(table), pasid: Some(asked.pasid) })
             }
             _ => Err(Rejection::Format { endpoint, format }),
@@ -156,7 +158,7 @@ impl<H: Host> Device<H> {
         at: usize,
         mut space: H::Space,
         keep: bool,
-        bound: fn(H::Space) -> Bound<H::Space>,
+        bound: impl FnOnce(H::Space) -> Bound<H::Space>,
     ) -> Result<(), Unbound> {
         if !keep && let Err(error) = self.unbind_pasids(at) {
             return self.unchanged(space, error);
@@ -201,7 +203,7 @@ impl<H: Host> Device<H> {
         let release = match self.endpoints[at].untagged {
             Bound::Nothing => false,
             Bound::PageTable(_) => !keep,
-            Bound::Identity | Bound::Domain | Bound::PasidTable(_) => true,
+            Bound::Identity | Bound::Domain | Bound::PasidTable(..) => true,
         };
         let stream = Stream { endpoint: self.endpoints[at].id, pasid: Some(pasid) };
         let released = if release { self.bind_untagged(at, Target::Nothing) } else { Ok(()) };

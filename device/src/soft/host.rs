@@ -8,13 +8,13 @@ use viommu_wire::{Caches, EndpointId};
 
 use super::flush::Selector;
 use super::key::Key;
-use super::page_requests::Tickets;
+use super::page_requests::{Closing, Tickets};
 use super::port::{Port, Served};
 use super::space::{Kind, Space};
 use super::{SoftHost, Stage2};
 use crate::host::{
-    EndpointCaps, FaultReport, GroupResponse, Host, HostError, Invalidation, MapError, PageRequestReport,
-    Scope, SpaceSpec, Stopped, Stream, TableCaps, UnmapError,
+    Answered, EndpointCaps, FaultReport, GroupResponse, Host, HostError, Invalidation, MapError,
+    PageRequestReport, Scope, SpaceSpec, Stopped, Stream, TableCaps, UnmapError,
 };
 use crate::mapping::Mapping;
 
@@ -58,15 +58,19 @@ impl<M: Stage2> Host for SoftHost<M> {
     fn destroy(&mut self, space: Space) {
         let Space(index) = space;
         if self.spaces.get(index).is_some_and(|space| space.bound > 0) {
-            for port in self.ports.values_mut() {
+            for (&endpoint, port) in &mut self.ports {
                 if port.untagged == Some(index) {
                     port.untagged = None;
-                    close_tickets(&mut self.tickets, port, None);
+                    close_tickets(&mut self.tickets, endpoint, port, None);
                 }
                 let Port { tagged, waiting, .. } = port;
-                self.tickets
-                    .close(waiting, |pasid| pasid.and_then(|pasid| tagged.get(&pasid)) == Some(&index));
-                tagged.retain(|_, bound| *bound != index);
+                tagged.retain(|&pasid, bound| {
+                    let stays = *bound != index;
+                    if !stays {
+                        self.tickets.close(endpoint, waiting, Closing::Stream(Some(pasid)));
+                    }
+                    stays
+                });
             }
             self.flush();
         }
@@ -121,7 +125,7 @@ impl<M: Stage2> Host for SoftHost<M> {
         let served = port.served(&self.spaces, stream.pasid);
         let old = port.bound(stream.pasid);
         port.set_bound(stream.pasid, new);
-        close_tickets(&mut self.tickets, port, stream.pasid);
+        close_tickets(&mut self.tickets, stream.endpoint, port, stream.pasid);
         if let Some(index) = old {
             self.spaces.count_unbound(index);
         }
@@ -147,14 +151,12 @@ impl<M: Stage2> Host for SoftHost<M> {
 
     fn next_page_request(&mut self) -> Option<PageRequestReport> {
         let ticket = self.tickets.next_unreported()?;
-        self.ports.get_mut(&ticket.endpoint)?.waiting.report(ticket)
+        self.ports.get_mut(&ticket.stream.endpoint)?.waiting.report(ticket)
     }
 
-    fn respond(&mut self, response: &GroupResponse) -> Result<(), HostError> {
-        if let Some(port) = self.ports.get_mut(&response.stream.endpoint) {
-            self.tickets.respond(&mut port.waiting, response);
-        }
-        Ok(())
+    fn respond(&mut self, response: &GroupResponse) -> Result<Answered, HostError> {
+        let Some(port) = self.ports.get_mut(&response.stream.endpoint) else { return Ok(Answered::Gone) };
+        Ok(self.tickets.respond(&mut port.waiting, response))
     }
 }
 
@@ -194,6 +196,9 @@ impl<M: Stage2> SoftHost<M> {
         }
         self.front.clear();
         self.drop_translations(&selector, !invalidation.leaf || drops_contexts);
+        if let (Some(stream), Some(port)) = (invalidation.revoked(), self.ports.get_mut(&endpoint)) {
+            self.tickets.close(endpoint, &mut port.waiting, Closing::Stream(stream.pasid));
+        }
         Ok(())
     }
 
@@ -209,12 +214,9 @@ impl<M: Stage2> SoftHost<M> {
 
 /// Ends the waiting of what translated through the binding of `pasid`: with it, and, where that is `None`, with every
 /// PASID that is not bound on its own.
-fn close_tickets(tickets: &mut Tickets, port: &mut Port, pasid: Option<Pasid>) {
-    let Port { tagged, waiting, .. } = port;
-    match pasid {
-        Some(_) => tickets.close(waiting, |other| other == pasid),
-        None => tickets.close(waiting, |other| other.is_none_or(|other| !tagged.contains_key(&other))),
-    }
+fn close_tickets(tickets: &mut Tickets, endpoint: EndpointId, port: &mut Port, pasid: Option<Pasid>) {
+    let closing = if pasid.is_some() { Closing::Stream(pasid) } else { Closing::AllBut(&port.tagged) };
+    tickets.close(endpoint, &mut port.waiting, closing);
 }
 
 /// Whether translations of the endpoint carry an ASID.

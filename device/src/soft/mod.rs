@@ -57,15 +57,24 @@
 //! An access of an endpoint with [`EndpointCaps::page_requests`] that a guest's page table does not let through, because
 //! nothing is mapped or the permission is missing, may wait for the guest instead of faulting: [`SoftHost::access`] gives
 //! a [`Ticket`], the device tells the driver, and [`SoftHost::answer`] says what came of it. Each is a group of its own.
-//! Accesses to one page hold one ticket. What the stream translates through is replaced or taken away: its tickets have
-//! failed. Through [`SoftHost::translate`] every fault is final, as for a device that cannot wait.
+//! Accesses to one page hold one ticket. Where what the stream translates through is replaced or taken away, or its entry
+//! is invalidated by name ([`Invalidation::revoked`]), its tickets have failed. Through [`SoftHost::translate`] every fault
+//! is final, as for a device that cannot wait.
+//!
+//! # Faults that are not recorded
+//! Where the guest's table says so (SMMUv3: CD.R = 0 and CD.S = 0, for the four faults of stage 1; VT-d: FPD = 1 in the
+//! PASID directory entry or the PASID entry, for what these lead to), the access fails and
+//! [`next_fault`](crate::host::Host::next_fault) does not tell. CD.R and CD.S are those of the context in use, FPD is read
+//! when the fault occurs. An access that waits is a page request all the same, with no
+//! [`fault`](crate::host::PageRequestReport::fault).
 //!
 //! # Not here
-//! ATS, dirty tracking, memory attributes, and sharing between threads: a
+//! CD.A (how a failed access ends for the device), ATS, dirty tracking, memory attributes, and sharing between threads: a
 //! [`SoftHost`] has one user at a time, which is what pins a translation while it is used.
 //!
 //! [`Caches::PASID`]: viommu_wire::Caches::PASID
 //! [`Caches::TLB`]: viommu_wire::Caches::TLB
+//! [`Invalidation::revoked`]: crate::host::Invalidation::revoked
 
 mod contexts;
 mod fault_log;
@@ -101,13 +110,13 @@ use pgtable_formats::{Access, Gpa, Iova, IovaRange};
 use viommu_wire::EndpointId;
 
 use crate::host::{EndpointCaps, FaultCause, Stream};
-use contexts::Contexts;
+use contexts::{Contexts, Route};
 use fault_log::FaultLog;
 use front::Front;
 use key::Key;
 use page_requests::Tickets;
 use port::Port;
-use space::Spaces;
+use space::{Kind, Spaces};
 use tlb::Tlb;
 use walk_cache::WalkCache;
 
@@ -241,13 +250,17 @@ impl<M: Stage2> SoftHost<M> {
 
     /// What became of an access that waits. `None`: it still does.
     ///
-    /// The answer is the same each time; of a ticket that was answered thousands of tickets ago it is
-    /// [`Answer::Retry`].
+    /// The answer is the same each time, but for one: [`Answer::Retry`] becomes [`Answer::Failed`] when what the stream
+    /// translates through is replaced, or its entry invalidated by name, because the access belonged to what was there
+    /// before.
+    ///
+    /// Of a ticket that is thousands of tickets old, it may be [`Answer::Retry`] whatever the guest said, but for one whose
+    /// stream was bound anew, or invalidated by name, since: that has failed.
     pub fn answer(&self, ticket: Ticket) -> Option<Answer> {
-        let waiting = self.ports.get(&ticket.endpoint).map(|port| &port.waiting);
-        match waiting.is_some_and(|waiting| waiting.is_open(ticket)) {
+        let Some(port) = self.ports.get(&ticket.stream.endpoint) else { return Some(Answer::Failed) };
+        match port.waiting.is_open(ticket) {
             true => None,
-            false => Some(self.tickets.answer(ticket)),
+            false => Some(self.tickets.answer(&port.waiting, ticket)),
         }
     }
 
@@ -315,16 +328,47 @@ impl<M: Stage2> SoftHost<M> {
 
     #[cold]
     fn wait(&mut self, stream: Stream, iova: Iova, access: Access, cause: FaultCause) -> AccessError {
-        // An event names an endpoint that exists (D-56).
-        let Some(port) = self.ports.get_mut(&stream.endpoint) else { return cause.into() };
-        if port.caps.page_requests
-            && cause.is_recoverable()
-            && let Some(ticket) = self.tickets.open(&mut port.waiting, stream, iova, access)
+        if cause.is_recoverable()
+            && let Some(ticket) = self.ticket(stream, iova, access, cause)
         {
             return AccessError::Waits(ticket);
         }
-        self.faults.push(stream, iova, access, cause);
+        self.record(stream, iova, access, cause);
         cause.into()
+    }
+
+    /// What the access waits with. `None`: its endpoint cannot wait, or waits for too many pages.
+    fn ticket(&mut self, stream: Stream, iova: Iova, access: Access, cause: FaultCause) -> Option<Ticket> {
+        let port = self.ports.get(&stream.endpoint).filter(|port| port.caps.page_requests)?;
+        if let Some(ticket) = port.waiting.find(stream, iova, access) {
+            return Some(ticket);
+        }
+        let fault = (!self.is_silenced(stream, cause)).then_some(cause);
+        let port = self.ports.get_mut(&stream.endpoint)?;
+        self.tickets.open(&mut port.waiting, stream, iova, access, fault)
+    }
+
+    /// Keeps a fault for the device, unless the guest's table says that it is not to be recorded.
+    #[cold]
+    fn record(&mut self, stream: Stream, iova: Iova, access: Access, cause: FaultCause) {
+        // An event names an endpoint that exists (D-56).
+        if self.ports.contains_key(&stream.endpoint) && !self.is_silenced(stream, cause) {
+            self.faults.push(stream, iova, access, cause);
+        }
+    }
+
+    /// Whether the guest's table says that the fault is not to be recorded.
+    fn is_silenced(&self, stream: Stream, cause: FaultCause) -> bool {
+        let FaultCause::Table(fault) = cause else { return false };
+        let Some(port) = self.ports.get(&stream.endpoint) else { return false };
+        let served = port.served(&self.spaces, stream.pasid);
+        let space = served.and_then(|served| self.spaces.get(served.space));
+        let Some(Kind::Table { table, .. }) = space.map(|space| &space.kind) else { return false };
+        let stage1 = match self.contexts.get(Key::new(stream.endpoint, stream.pasid)) {
+            Some(Route::Tables(tables)) => Some(&tables.stage1),
+            Some(Route::Bypass) | None => None,
+        };
+        table.silences(&self.memory, stream.pasid, stage1, fault)
     }
 
     #[inline]
@@ -332,12 +376,9 @@ impl<M: Stage2> SoftHost<M> {
         let key = Key::new(stream.endpoint, stream.pasid);
         match self.front.lookup(key, iova, access) {
             Some(piece) => Ok(piece),
-            None => self.miss(stream, iova, access).inspect_err(|&cause| {
-                // An event names an endpoint that exists (D-56).
-                if self.ports.contains_key(&stream.endpoint) {
-                    self.faults.push(stream, iova, access, cause);
-                }
-            }),
+            None => {
+                self.miss(stream, iova, access).inspect_err(|&cause| self.record(stream, iova, access, cause))
+            }
         }
     }
 }

@@ -7,7 +7,9 @@ use pgtable_formats::{Access, AccessKind, Iova, Pasid};
 use viommu_wire::{AccessFlags, EndpointId, PageResponseCode};
 
 use super::front::PAGE_LG2;
-use crate::host::{FaultCause, GroupResponse, PageRequestReport, Stream};
+use super::space::SpaceIndex;
+use crate::host::{Answered, FaultCause, GroupResponse, PageRequestReport, Stream};
+use crate::sorted::SortedMap;
 
 /// How many pages the accesses of one endpoint wait for at a time; beyond, an access faults.
 pub const MAX_WAITING_PER_ENDPOINT: usize = 256;
@@ -15,6 +17,9 @@ pub const MAX_WAITING_PER_ENDPOINT: usize = 256;
 const ANSWERS_LG2: u32 = 12;
 /// How many answers are kept for whoever asks.
 const ANSWERS: usize = 1 << ANSWERS_LG2;
+
+/// Groups of streams of an endpoint of which it is known when the last one was closed.
+const CLOSINGS: usize = 32;
 
 /// Why an access did not get through.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -38,8 +43,15 @@ impl From<FaultCause> for AccessError {
 pub struct Ticket {
     /// Of all that a host ever gave, in order.
     number: u64,
-    pub(super) endpoint: EndpointId,
+    pub(super) stream: Stream,
     group: u16,
+}
+
+impl Ticket {
+    /// The number of its group of page requests: with the access's stream, what the guest's answer names.
+    pub const fn group(self) -> u16 {
+        self.group
+    }
 }
 
 /// What became of a ticket.
@@ -51,15 +63,28 @@ pub enum Answer {
     Failed,
 }
 
+/// Which streams of an endpoint translate through something else now.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Closing<'a> {
+    /// That with this PASID, or the untagged one.
+    Stream(Option<Pasid>),
+    /// All but those with one of these PASIDs.
+    AllBut(&'a BTreeMap<Pasid, SpaceIndex>),
+}
+
 /// What the accesses of one endpoint wait for.
 #[derive(Debug, Default)]
 pub(super) struct Waiting {
     /// By group: each ticket is a group of its own.
-    open: BTreeMap<u16, Open>,
+    open: SortedMap<u16, Open>,
     /// The groups again, by what they wait for.
-    pages: BTreeMap<Page, u16>,
+    pages: SortedMap<Page, u16>,
     /// Where the search for an unused number starts.
     next_group: u16,
+    /// Whether somebody may still be told to try again.
+    has_retries: bool,
+    /// By [`place_of`] a stream: tickets with a lower number were closed, or given to another stream of that place.
+    closed_below: [u64; CLOSINGS],
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -67,6 +92,8 @@ struct Open {
     number: u64,
     page: Page,
     iova: Iova,
+    /// What it is to a driver that takes no page requests, see [`PageRequestReport::fault`].
+    fault: Option<FaultCause>,
     /// Whether the device took the request over: only then can it be answered.
     is_reported: bool,
 }
@@ -95,7 +122,15 @@ pub(super) struct Tickets {
     /// Tickets that the device was not told of, oldest first; all of them are open.
     unreported: VecDeque<Ticket>,
     /// By the low bits of the ticket's number; allocated with the first answer.
-    answers: Vec<(u64, Answer)>,
+    answers: Vec<Kept>,
+}
+
+/// What was said to a ticket.
+#[derive(Clone, Copy, Debug)]
+struct Kept {
+    number: u64,
+    stream: Stream,
+    answer: Answer,
 }
 
 impl Tickets {
@@ -103,7 +138,7 @@ impl Tickets {
         Self { next: 1, unreported: VecDeque::new(), answers: Vec::new() }
     }
 
-    /// A ticket for an access of `stream` to `iova`; one that is open for the same page, if there is any. `None` where
+    /// A new ticket for an access of `stream` to `iova`, which is told as `fault` where it is no page request. `None` where
     /// too many are open.
     pub(super) fn open(
         &mut self,
@@ -111,22 +146,8 @@ impl Tickets {
         stream: Stream,
         iova: Iova,
         access: Access,
+        fault: Option<FaultCause>,
     ) -> Option<Ticket> {
-        let Stream { endpoint, pasid } = stream;
-        let kind = match access.kind {
-            AccessKind::Read => Kind::Read,
-            AccessKind::Write => Kind::Write,
-            AccessKind::Execute => Kind::Execute,
-        };
-        let page = Page { pasid, page: iova.0 >> PAGE_LG2, kind, is_privileged: access.privileged };
-        // Where not even a read is allowed, no other access is. The reverse does not hold.
-        let joined = [page, Page { kind: Kind::Read, ..page }]
-            .iter()
-            .find_map(|page| waiting.pages.get(page))
-            .and_then(|group| Some((*group, waiting.open.get(group)?.number)));
-        if let Some((group, number)) = joined {
-            return Some(Ticket { number, endpoint, group });
-        }
         if waiting.open.len() >= MAX_WAITING_PER_ENDPOINT {
             return None;
         }
@@ -134,9 +155,10 @@ impl Tickets {
         let number = self.next;
         // 2^64 tickets are never given.
         self.next = self.next.wrapping_add(1);
-        waiting.open.insert(group, Open { number, page, iova, is_reported: false });
+        let page = Page::new(stream, iova, access);
+        waiting.open.insert(group, Open { number, page, iova, fault, is_reported: false });
         waiting.pages.insert(page, group);
-        let ticket = Ticket { number, endpoint, group };
+        let ticket = Ticket { number, stream, group };
         self.unreported.push_back(ticket);
         Some(ticket)
     }
@@ -146,60 +168,120 @@ impl Tickets {
         self.unreported.pop_front()
     }
 
-    /// What was said to `ticket`, which is not open. Of a very old one nobody knows; to try again is always right.
-    pub(super) fn answer(&self, ticket: Ticket) -> Answer {
-        let kept = self.answers.get(slot(ticket.number)).filter(|(number, _)| *number == ticket.number);
-        kept.map_or(Answer::Retry, |&(_, answer)| answer)
+    /// What was said to `ticket`, which is not open. Of a very old one nobody knows: to try again is right where its
+    /// stream still is what it was.
+    pub(super) fn answer(&self, waiting: &Waiting, ticket: Ticket) -> Answer {
+        let kept = self.answers.get(slot(ticket.number)).filter(|kept| kept.number == ticket.number);
+        match kept {
+            Some(kept) => kept.answer,
+            None if ticket.number < waiting.closed_below[place_of(ticket.stream.pasid)] => Answer::Failed,
+            None => Answer::Retry,
+        }
     }
 
-    /// Closes what `waiting` waits for with selected PASIDs: it failed.
-    pub(super) fn close(&mut self, waiting: &mut Waiting, selects: impl Fn(Option<Pasid>) -> bool) {
+    /// Closes what the streams of `endpoint` wait for: it failed. So has what was told to try again and did not yet: it
+    /// would find another address space.
+    pub(super) fn close(&mut self, endpoint: EndpointId, waiting: &mut Waiting, closing: Closing<'_>) {
+        match closing {
+            Closing::Stream(pasid) => waiting.closed_below[place_of(pasid)] = self.next,
+            Closing::AllBut(_) => waiting.closed_below.fill(self.next),
+        }
+        if waiting.has_retries {
+            waiting.has_retries = self.take_back(endpoint, closing);
+        }
         if waiting.open.is_empty() {
             return;
         }
         let Waiting { open, pages, .. } = waiting;
-        let mut numbers = Vec::new();
-        open.retain(|_, open| {
-            let is_closed = selects(open.page.pasid);
+        let mut closed = Vec::new();
+        open.retain(|&group, open| {
+            let pasid = open.page.pasid;
+            let is_closed = closing.selects(pasid);
             if is_closed {
                 pages.remove(&open.page);
-                numbers.push(open.number);
+                closed.push(Ticket { number: open.number, stream: Stream { endpoint, pasid }, group });
             }
             !is_closed
         });
-        numbers.sort_unstable();
-        self.unreported.retain(|ticket| numbers.binary_search(&ticket.number).is_err());
-        numbers.iter().for_each(|&number| self.keep(number, Answer::Failed));
+        closed.sort_unstable_by_key(|ticket| ticket.number);
+        let is_closed = |number: u64| closed.binary_search_by_key(&number, |ticket| ticket.number).is_ok();
+        self.unreported.retain(|ticket| !is_closed(ticket.number));
+        closed.iter().for_each(|ticket| self.keep(ticket.number, ticket.stream, Answer::Failed));
+    }
+
+    /// Whether other streams of the endpoint were told to try again.
+    fn take_back(&mut self, endpoint: EndpointId, closing: Closing<'_>) -> bool {
+        let mut others = false;
+        for kept in &mut self.answers {
+            if kept.stream.endpoint == endpoint && kept.answer == Answer::Retry {
+                if closing.selects(kept.stream.pasid) {
+                    kept.answer = Answer::Failed;
+                } else {
+                    others = true;
+                }
+            }
+        }
+        others
     }
 
     /// Closes one group with the guest's answer; nothing where it is gone or the device was not told of it.
-    pub(super) fn respond(&mut self, waiting: &mut Waiting, response: &GroupResponse) {
+    pub(super) fn respond(&mut self, waiting: &mut Waiting, response: &GroupResponse) -> Answered {
         let reported = |open: &&Open| open.is_reported && open.page.pasid == response.stream.pasid;
         let Some(&Open { number, page, .. }) = waiting.open.get(&response.group).filter(reported) else {
-            return;
+            return Answered::Gone;
         };
         waiting.open.remove(&response.group);
         waiting.pages.remove(&page);
-        self.keep(
-            number,
-            match response.code {
-                PageResponseCode::Success => Answer::Retry,
-                PageResponseCode::Invalid | PageResponseCode::Failure => Answer::Failed,
-            },
-        );
+        let answer = match response.code {
+            PageResponseCode::Success => Answer::Retry,
+            PageResponseCode::Invalid | PageResponseCode::Failure => Answer::Failed,
+        };
+        waiting.has_retries |= answer == Answer::Retry;
+        self.keep(number, response.stream, answer);
+        Answered::Taken
     }
 
-    fn keep(&mut self, number: u64, answer: Answer) {
+    fn keep(&mut self, number: u64, stream: Stream, answer: Answer) {
         if self.answers.is_empty() {
-            self.answers.resize(ANSWERS, (0, Answer::Failed));
+            self.answers.resize(ANSWERS, Kept { number: 0, stream, answer: Answer::Failed });
         }
-        if let Some(kept) = self.answers.get_mut(slot(number)) {
-            *kept = (number, answer);
+        // A ticket that was open for very long does not take the place of one that is asked about now.
+        if let Some(kept) = self.answers.get_mut(slot(number)).filter(|kept| kept.number <= number) {
+            *kept = Kept { number, stream, answer };
         }
     }
 }
 
+impl Closing<'_> {
+    fn selects(&self, pasid: Option<Pasid>) -> bool {
+        match self {
+            Self::Stream(closed) => *closed == pasid,
+            Self::AllBut(bound) => pasid.is_none_or(|pasid| !bound.contains_key(&pasid)),
+        }
+    }
+}
+
+impl Page {
+    fn new(stream: Stream, iova: Iova, access: Access) -> Self {
+        let kind = match access.kind {
+            AccessKind::Read => Kind::Read,
+            AccessKind::Write => Kind::Write,
+            AccessKind::Execute => Kind::Execute,
+        };
+        Self { pasid: stream.pasid, page: iova.0 >> PAGE_LG2, kind, is_privileged: access.privileged }
+    }
+}
+
 impl Waiting {
+    /// The ticket that is open for the page of an access, if there is any.
+    pub(super) fn find(&self, stream: Stream, iova: Iova, access: Access) -> Option<Ticket> {
+        let page = Page::new(stream, iova, access);
+        // Where not even a read is allowed, no other access is. The reverse does not hold.
+        let pages = [page, Page { kind: Kind::Read, ..page }];
+        let &group = pages.iter().find_map(|page| self.pages.get(page))?;
+        Some(Ticket { number: self.open.get(&group)?.number, stream, group })
+    }
+
     pub(super) fn is_open(&self, ticket: Ticket) -> bool {
         self.open.get(&ticket.group).is_some_and(|open| open.number == ticket.number)
     }
@@ -219,12 +301,13 @@ impl Waiting {
         };
         access.set(AccessFlags::PRIVILEGED, open.page.is_privileged);
         Some(PageRequestReport {
-            stream: Stream { endpoint: ticket.endpoint, pasid: open.page.pasid },
+            stream: ticket.stream,
             address: open.iova,
             access,
             group: ticket.group,
             last: true,
             private_data: None,
+            fault: open.fault,
         })
     }
 
@@ -236,6 +319,14 @@ impl Waiting {
         let group = self.next_group;
         self.next_group = group.wrapping_add(1);
         group
+    }
+}
+
+/// The place of a stream in [`Waiting::closed_below`]: PASIDs that follow one another have different ones.
+const fn place_of(pasid: Option<Pasid>) -> usize {
+    match pasid {
+        None => 0,
+        Some(pasid) => 1 + pasid.value() as usize % (CLOSINGS - 1),
     }
 }
 

@@ -179,10 +179,8 @@ fn resume_with<F: Format, M: TableMem>(
     access: Access,
 ) -> Option<Translation> {
     let region_lg2 = format.entry_lg2(1);
-    if let Some(step) = walks.lookup(tables, iova, region_lg2)
-        && let Ok(translation) = walk_from(format, memory, step, iova, access, |_| ())
-    {
-        return Some(translation);
+    if let Some(step) = walks.lookup(tables, iova, region_lg2) {
+        return walk_from(format, memory, step, iova, access, |_| ()).ok();
     }
     let mut last_level = None;
     let reached = |step: Step| last_level = Some(step).filter(|step| step.level == 0);

@@ -107,9 +107,17 @@ impl TestHost {
         Some(match &self.spaces[self.bound.get(&stream)?] {
             Content::Identity => "identity",
             Content::Mapped(_) => "mapped",
-            Content::Table(_, Canonical::VtdFirstStage(_)) => "page table",
+            Content::Table(_, Canonical::VtdFirstStage(_) | Canonical::Smmuv3PageTable(_)) => "page table",
             Content::Table(..) => "PASID table",
         })
+    }
+
+    /// The guest's table that `stream` is bound to.
+    pub(super) fn table_of(&self, stream: Stream) -> Option<&Canonical> {
+        match &self.spaces[self.bound.get(&stream)?] {
+            Content::Table(_, table) => Some(table),
+            Content::Identity | Content::Mapped(_) => None,
+        }
     }
 
     pub(super) fn bound_streams(&self) -> usize {
@@ -217,6 +225,10 @@ impl Host for TestHost {
             assert!(self.bound.keys().any(bound), "invalidation of what is not bound");
             assert!(!invalidation.caches.is_empty());
             self.invalidations.push(*invalidation);
+            if let Some(revoked) = invalidation.revoked() {
+                self.page_requests.retain(|request| request.stream != revoked);
+                self.open.retain(|&(stream, _), _| stream != revoked);
+            }
         }
         if done < batch.len() {
             return Err(Stopped { done, error: HostError::Failed(5) });
@@ -235,10 +247,10 @@ impl Host for TestHost {
         Some(request)
     }
 
-    fn respond(&mut self, response: &GroupResponse) -> Result<(), HostError> {
+    fn respond(&mut self, response: &GroupResponse) -> Result<Answered, HostError> {
         self.step("respond")?;
         let GroupResponse { stream, group, code } = *response;
-        let Some(is_whole) = self.open.remove(&(stream, group)) else { return Ok(()) };
+        let Some(is_whole) = self.open.remove(&(stream, group)) else { return Ok(Answered::Gone) };
         self.answers.push(*response);
         if !is_whole {
             assert_ne!(code, PageResponseCode::Success, "a group is answered as a whole");
@@ -249,7 +261,7 @@ impl Host for TestHost {
                 !goes
             });
         }
-        Ok(())
+        Ok(Answered::Taken)
     }
 }
 

@@ -79,7 +79,7 @@ fn consistent(device: &Device<TestHost>) {
             Bound::Nothing => None,
             Bound::Identity => Some("identity"),
             Bound::Domain => Some("mapped"),
-            Bound::PasidTable(_) => Some("PASID table"),
+            Bound::PasidTable(..) => Some("PASID table"),
             Bound::PageTable(_) => Some("page table"),
         };
         assert_eq!(device.host.bound_to(Stream::untagged(endpoint.id)), expected, "endpoint {}", endpoint.id);

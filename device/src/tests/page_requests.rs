@@ -7,7 +7,7 @@ use alloc::format;
 use pgtable_formats::AccessKind;
 
 use super::*;
-use crate::host::{FaultCause, FaultReport, GroupResponse, HostError, PageRequestReport};
+use crate::host::{FaultCause, FaultReport, GroupResponse, HostError, PageRequestReport, Scope};
 use crate::{Limits, PageRequestCounts, Rejection};
 
 const EVENT: usize = 48;
@@ -43,6 +43,7 @@ fn request(endpoint: u32, value: Option<u32>, group: u16, last: bool) -> PageReq
         group,
         last,
         private_data: None,
+        fault: Some(FaultCause::Unmapped),
     }
 }
 
@@ -105,6 +106,22 @@ fn the_feature_is_offered_where_an_endpoint_may_wait() {
     assert_eq!(asking_with(config).offered_features(), DeviceConfig::FEATURES);
     let mut plain = device();
     assert!(plain.accept_features(DeviceConfig::ALL_FEATURES).is_err());
+    // No table, no page that could be there later.
+    let features = DeviceConfig::ALL_FEATURES - Features::ATTACH_TABLE;
+    let config = DeviceConfig { features, ..DeviceConfig::default() };
+    assert_eq!(asking_with(config).offered_features(), features - Features::PAGE_REQUEST);
+}
+
+#[test]
+fn a_driver_that_accepts_the_feature_alone_is_served_as_any() {
+    let mut device = asking();
+    device.accept_features(DeviceConfig::ALL_FEATURES - Features::ATTACH_TABLE).unwrap();
+    assert_eq!(send(&mut device, &attach(1, 8)), Status::Ok);
+    assert_eq!(send(&mut device, &success(8, None, 1)), Status::NoEnt);
+    ask(&mut device, 8, None, 1);
+    assert!(matches!(device.next_event(), Some(Event::Fault(_))));
+    assert_eq!(device.host.answers, [invalid(8, None, 1)]);
+    assert_eq!(device.next_event(), None);
 }
 
 #[test]
@@ -410,6 +427,13 @@ fn without_the_feature_it_is_a_fault() {
         assert_eq!(device.next_event(), None);
         assert_eq!(device.host.answers.pop(), Some(invalid(8, Some(5), 3)));
         assert_eq!(device.handle(&success(8, Some(5), 3).encode(), &mut [0; 4]).used, 0);
+        // What the guest's table says is not to be recorded.
+        device
+            .host
+            .page_requests
+            .push_back(PageRequestReport { fault: None, ..request(8, Some(5), 4, true) });
+        assert_eq!(device.next_event(), None);
+        assert_eq!(device.host.answers.pop(), Some(invalid(8, Some(5), 4)));
     }
 }
 
@@ -462,6 +486,165 @@ fn busy() -> Device<TestHost> {
     device
 }
 
+fn invalidate(domain: u32, scope: InvalidateScope, caches: Caches, tag: Option<u64>) -> Request {
+    let domain = DomainId(domain);
+    Request::Invalidate(Invalidate { domain, scope, caches, leaf: false, tag, global: false })
+}
+
+/// The entry of one PASID, or of untagged accesses, is taken away.
+fn revoke(domain: u32, value: Option<u32>) -> Request {
+    invalidate(domain, InvalidateScope::Pasid(value.map(pasid)), Caches::PASID, None)
+}
+
+fn addresses(value: Option<u32>) -> InvalidateScope {
+    let range = IovaRange::from_length(Iova(0x7000), 0x1000).unwrap();
+    InvalidateScope::Address { pasid: value.map(pasid), range, page_lg2: 12 }
+}
+
+#[test]
+fn an_invalidation_that_fails_keeps_page_requests() {
+    let mut device = busy();
+    let before = device.page_request_counts();
+    for (error, expected) in [(HostError::Failed(5), Status::DevErr), (HostError::NoMemory, Status::NoMem)] {
+        device.host.error = Some(error);
+        device.host.fails = Fails::Always;
+        assert_eq!(send(&mut device, &revoke(1, Some(5))), expected);
+        device.host.fails = Fails::Never;
+    }
+    assert_eq!(device.page_request_counts(), before);
+    assert_eq!(send(&mut device, &success(8, Some(5), 1)), Status::Ok);
+}
+
+/// The host does it for all of the endpoint, and then ends the page requests by name.
+#[test]
+fn a_revocation_that_was_widened_costs_others_nothing() {
+    let mut device = limited(Limits { max_page_requests: 4, ..Limits::default() });
+    let base = 0x4000_0000;
+    assert_eq!(send(&mut device, &table(1, 8, cd_table(base))), Status::Ok);
+    assert_eq!(send(&mut device, &table(2, 16, page_table(base, 5))), Status::Ok);
+    for group in 0..8 {
+        ask(&mut device, 16, Some(5), group);
+        ask(&mut device, 8, Some(5), group);
+    }
+    assert!(device.event_pending());
+    assert_eq!(device.page_request_counts().requests, 4, "the rest waits in the host");
+    device.host.invalidations.clear();
+    device.host.stops.push_back(0);
+    assert_eq!(send(&mut device, &revoke(1, Some(5))), Status::Ok);
+    let scopes: Vec<_> = device.host.invalidations.iter().map(|done| done.scope).collect();
+    assert_eq!(scopes, [Scope::Endpoint, Scope::Pasid(Some(pasid(5)))]);
+    assert_eq!(
+        device.page_request_counts(),
+        PageRequestCounts { requests: 2, groups: 2, ..Default::default() }
+    );
+    for group in 0..8 {
+        assert_eq!(told(&mut device), (16, group));
+        assert_eq!(send(&mut device, &success(16, Some(5), group)), Status::Ok);
+    }
+    assert_eq!(device.next_event(), None);
+    assert!(device.host.open.is_empty());
+    assert!(device.host.answers.iter().all(|answer| answer.code == PageResponseCode::Success));
+}
+
+#[test]
+fn only_who_may_wait_is_named_again() {
+    let mut device = Device::new(DeviceConfig::default(), machine().waiting(&[8])).unwrap();
+    device.accept_features(device.offered_features()).unwrap();
+    for endpoint in [8, 9] {
+        assert_eq!(send(&mut device, &table(1, endpoint, cd_table(0x4000_0000))), Status::Ok);
+    }
+    let mut scopes = |stops: &[usize], expected| {
+        device.host.stops.extend(stops);
+        device.host.invalidations.clear();
+        assert_eq!(send(&mut device, &revoke(1, Some(5))), expected);
+        assert!(device.host.stops.is_empty());
+        device.host.invalidations.iter().map(|done| (done.endpoint.0, done.scope)).collect::<Vec<_>>()
+    };
+    let (all, five) = (Scope::Endpoint, Scope::Pasid(Some(pasid(5))));
+    assert_eq!(scopes(&[2], Status::Ok), [(8, five), (9, five)]);
+    assert_eq!(scopes(&[1, 1], Status::Ok), [(8, five), (9, all)], "9 has nothing that waits");
+    assert_eq!(scopes(&[0, 2, 1], Status::Ok), [(8, all), (9, all), (8, five)]);
+}
+
+#[test]
+fn a_revocation_that_the_host_does_not_do_by_name_fails() {
+    let mut device = busy();
+    let before = device.page_request_counts();
+    device.host.stops.extend([0, 1, 0]);
+    assert_eq!(send(&mut device, &revoke(1, Some(5))), Status::DevErr);
+    assert!(device.host.stops.is_empty());
+    assert_eq!(device.page_request_counts(), before);
+    assert_eq!(send(&mut device, &success(8, Some(5), 1)), Status::Ok);
+    assert_eq!(send(&mut device, &revoke(1, Some(5))), Status::Ok);
+    assert_eq!(send(&mut device, &success(8, Some(5), 3)), Status::NoEnt);
+}
+
+/// The host ended what waited in a binding that went and came back.
+#[test]
+fn a_move_that_is_undone_may_have_ended_page_requests() {
+    for moved in [attach(3, 16), table(3, 16, page_table(0x4000_0000, 0))] {
+        let mut device = busy();
+        // The space, PASIDs 5 and 6 go, and untagged accesses do not move.
+        device.host.fails = Fails::At(device.host.calls + 3);
+        assert_eq!(send(&mut device, &moved), Status::DevErr);
+        assert_eq!(device.host.last_failed, Some("bind"));
+        assert!(!device.needs_reset());
+        for (value, expected) in [(5, Status::NoEnt), (6, Status::NoEnt), (0, Status::Ok)] {
+            assert_eq!(send(&mut device, &success(16, Some(value), 1)), expected, "{moved:?}: {value}");
+        }
+        assert_eq!(send(&mut device, &success(16, None, 1)), Status::Ok);
+        // An access with a PASID waits as before.
+        ask(&mut device, 16, Some(5), 9);
+        all_told(&mut device);
+        assert_eq!(send(&mut device, &success(16, Some(5), 9)), Status::Ok);
+    }
+}
+
+#[test]
+fn who_cannot_wait_is_not_named_twice() {
+    // Untagged accesses and PASID 0 have one entry. That matters to page requests alone.
+    for (features, scopes) in [(DeviceConfig::ALL_FEATURES, 2), (DeviceConfig::FEATURES, 1)] {
+        let mut device = busy();
+        device.accept_features(features).unwrap();
+        device.host.invalidations.clear();
+        assert_eq!(send(&mut device, &revoke(1, Some(0))), Status::Ok);
+        assert_eq!(device.host.invalidations.len(), scopes);
+    }
+}
+
+#[test]
+fn an_answer_to_what_the_host_has_closed_is_noent() {
+    let mut device = asking();
+    ask(&mut device, 8, Some(5), 1);
+    assert_eq!(told(&mut device), (8, 1));
+    device.host.open.clear();
+    assert_eq!(send(&mut device, &success(8, Some(5), 1)), Status::NoEnt);
+    assert_eq!(device.page_request_counts(), PageRequestCounts::default());
+    assert!(!device.needs_reset());
+    assert_eq!(send(&mut device, &success(8, Some(5), 1)), Status::NoEnt);
+}
+
+#[test]
+fn a_second_answer_is_for_who_has_the_number_by_then() {
+    let mut device = asking();
+    ask(&mut device, 8, Some(5), 1);
+    assert_eq!(told(&mut device), (8, 1));
+    assert_eq!(send(&mut device, &success(8, Some(5), 1)), Status::Ok);
+    // The number is in use again, and the driver was not told yet.
+    ask(&mut device, 8, Some(5), 1);
+    assert!(device.event_pending());
+    assert_eq!(send(&mut device, &success(8, Some(5), 1)), Status::NoEnt);
+    assert_eq!(told(&mut device), (8, 1));
+    assert_eq!(send(&mut device, &response(8, Some(5), 1, PageResponseCode::Failure)), Status::Ok);
+    let codes: Vec<_> = device.host.answers.iter().map(|answer| answer.code).collect();
+    assert_eq!(codes, [PageResponseCode::Success, PageResponseCode::Failure]);
+    // Of another PASID the same number is another group.
+    ask(&mut device, 8, Some(6), 1);
+    assert_eq!(told(&mut device), (8, 1));
+    assert_eq!(send(&mut device, &success(8, Some(5), 1)), Status::NoEnt);
+    assert_eq!(send(&mut device, &success(8, Some(6), 1)), Status::Ok);
+}
+
 #[test]
 fn what_goes_takes_its_page_requests_with_it() {
     let base = 0x4000_0000;
@@ -477,6 +660,16 @@ fn what_goes_takes_its_page_requests_with_it() {
     let request = |request: Request| -> Action<'_> {
         Box::new(move |device: &mut Device<TestHost>| detached(device, request))
     };
+    // The host stops once, and is asked for all of the endpoint.
+    let wider = |request: Request| -> Action<'_> {
+        Box::new(move |device: &mut Device<TestHost>| {
+            device.host.stops.push_back(0);
+            detached(device, request);
+            assert!(device.host.stops.is_empty());
+        })
+    };
+    let all_caches = Caches::all();
+    let pasids = |value: Option<u32>| InvalidateScope::Pasid(value.map(pasid));
     let cases: Vec<Case<'_>> = vec![
         ("detach a PASID table", request(detach(1, 8)), all(8)),
         ("detach page tables", request(detach(2, 16)), all(16)),
@@ -492,6 +685,32 @@ fn what_goes_takes_its_page_requests_with_it() {
         ("unbind", request(table(2, 16, unbind(6))), only(6)),
         ("unbind 0", request(table(2, 16, unbind(0))), zero()),
         ("attach where it is", request(table(2, 16, page_table(base + 0x1000, 7))), vec![]),
+        ("clear an entry", request(revoke(1, Some(5))), vec![(8, Some(5))]),
+        ("clear the entry of untagged accesses", request(revoke(1, None)), vec![(8, None)]),
+        ("clear it by its PASID", request(revoke(1, Some(0))), vec![(8, None)]),
+        ("clear another entry", request(revoke(1, Some(9))), vec![]),
+        ("drop a page table", request(revoke(2, Some(5))), only(5)),
+        ("drop page table 0", request(revoke(2, Some(0))), zero()),
+        ("drop that of untagged accesses", request(revoke(2, None)), zero()),
+        ("drop one that is not bound", request(revoke(2, Some(7))), vec![]),
+        ("by ASID, too", request(invalidate(1, pasids(None), all_caches, Some(1))), vec![(8, None)]),
+        ("by ASID, page table 0", request(invalidate(2, pasids(None), all_caches, Some(1))), zero()),
+        (
+            "by ASID that is none",
+            request(invalidate(1, pasids(None), all_caches, Some(1 << 20))),
+            vec![(8, None)],
+        ),
+        ("by addresses", request(invalidate(1, addresses(Some(5)), all_caches, None)), vec![(8, Some(5))]),
+        ("translations", request(invalidate(1, pasids(Some(5)), Caches::TLB, None)), vec![]),
+        ("translations of addresses", request(invalidate(1, addresses(Some(5)), Caches::TLB, None)), vec![]),
+        ("a domain", request(invalidate(1, InvalidateScope::Domain, all_caches, None)), vec![]),
+        (
+            "a domain of page tables",
+            request(invalidate(2, InvalidateScope::Domain, all_caches, None)),
+            vec![],
+        ),
+        ("clear an entry, wider", wider(revoke(1, Some(5))), vec![(8, Some(5))]),
+        ("drop page table 0, wider", wider(revoke(2, Some(0))), zero()),
         ("reset", Box::new(Device::reset), STREAMS.to_vec()),
         ("system reset", Box::new(Device::system_reset), STREAMS.to_vec()),
     ];

@@ -1,8 +1,13 @@
 //! ATTACH_TABLE and INVALIDATE.
 
+use alloc::format;
+
+use pgtable_formats::context::Canonical;
+use pgtable_formats::context::smmuv3::{Caps, IdRegisters};
+
 use super::*;
 use crate::Limits;
-use crate::host::{HostError, Invalidation, Scope};
+use crate::host::{HostError, Invalidation, Scope, TableCaps};
 
 const BASE: u64 = 0x4000_0000;
 
@@ -305,6 +310,82 @@ fn global_translations_go_at_endpoints_without_the_pasid() {
     request[6] |= 1 << 3;
     assert_eq!(raw(&mut device, &request), Status::Ok);
     assert_eq!(dropped(&mut device), [(16, Scope::Pasid(five)), (17, Scope::Endpoint)]);
+}
+
+#[test]
+fn a_host_without_resources_is_nomem() {
+    for (error, expected) in [(HostError::NoMemory, Status::NoMem), (HostError::Unsupported, Status::DevErr)]
+    {
+        let mut device = device();
+        assert_eq!(send(&mut device, &table(1, 8, cd_table(BASE))), Status::Ok);
+        device.host.error = Some(error);
+        device.host.fails = Fails::Always;
+        assert_eq!(send(&mut device, &invalidate(1, InvalidateScope::Domain)), expected);
+    }
+}
+
+/// A driver that attaches and never detaches keeps one table alive, whatever it attaches.
+#[test]
+fn a_flood_of_tables_leaves_one() {
+    let mut device = device();
+    let live = device.host.live_spaces();
+    for round in 0..2000 {
+        let base = BASE + ((round % 64) << 16);
+        let domain = u32::try_from(round % 3).unwrap() + 1;
+        let tables = [cd_table(base), TableDescriptor::Smmuv3 { ste0: base | 3 << 59, ste1: 1 }];
+        assert_eq!(send(&mut device, &table(domain, 8, tables[usize::from(round % 2 == 0)])), Status::Ok);
+        let tables = [pasid_table(base), page_table(base, 0), page_table(base, 5)];
+        let of_16 = tables[usize::try_from(round % 7).unwrap() % 3];
+        assert_eq!(send(&mut device, &table(domain + 10, 16, of_16)), Status::Ok);
+        assert!(device.host.live_spaces() <= live + 3, "{round}");
+        assert!(device.domain_count() <= 2);
+    }
+    assert_eq!(device.host.bound_streams(), device.host.live_spaces() - live);
+    device.reset();
+    assert_eq!((device.host.live_spaces(), device.host.bound_streams()), (live, 0));
+    consistent(&device);
+}
+
+/// ATS is turned on and off by attaching the same table with another EATS.
+#[test]
+fn a_flip_of_eats_reaches_the_host() {
+    let mut device = device();
+    let before = device.host.live_spaces();
+    for (eats, ats) in [(0, false), (1, true), (0, false), (2, true), (1, true)] {
+        let bits = TableDescriptor::Smmuv3 { ste0: BASE | 10 << 59, ste1: 2 | eats << 28 };
+        assert_eq!(send(&mut device, &table(1, 8, bits)), Status::Ok);
+        assert!(device.host.state().contains(&format!("ats: {ats}")), "{}", device.host.state());
+        assert_eq!(device.host.live_spaces(), before + 1);
+    }
+}
+
+/// The software MMU has these, and PROBE does not tell: a page table that uses them is refused, a PASID table is judged
+/// without them.
+#[test]
+fn tables_are_judged_by_what_probe_tells() {
+    let registers = IdRegisters { idr0: IdRegisters::SOFTWARE.idr0 | 2 << 6, ..IdRegisters::SOFTWARE };
+    let all = Caps::from_registers(registers);
+    assert!(all.httu == 2 && all.had, "or this says nothing");
+    let host = TestHost::default().with(8, Some(TableCaps::Smmuv3(all)), vec![]);
+    let mut device = Device::new(DeviceConfig::default(), host).unwrap();
+    device.accept_features(device.offered_features()).unwrap();
+    assert_eq!(send(&mut device, &table(1, 8, cd_table(BASE))), Status::Ok);
+    let Some(Canonical::Smmuv3(bound)) = device.host.table_of(Stream::untagged(EndpointId(8))) else {
+        panic!("no table")
+    };
+    assert_eq!((bound.caps().httu, bound.caps().had), (0, false));
+    let page_table = |tcr| {
+        let (pasid, ttbr0) = (pasid(5), BASE);
+        let arm = ArmPageTable { pasid, asid: 1, tcr, ttbr0, ttbr1: 0, mair: 0xff };
+        table(1, 8, TableDescriptor::ArmPageTable(arm))
+    };
+    // 48 bits of address, no upper half; with TCR.HA or TCR.HPD0 besides.
+    let plain = 1 << 23 | 16;
+    for (tcr, expected) in
+        [(plain, Status::Ok), (plain | 1 << 39, Status::Unsupp), (plain | 1 << 41, Status::Unsupp)]
+    {
+        assert_eq!(send(&mut device, &page_table(tcr)), expected, "{tcr:#x}");
+    }
 }
 
 #[test]

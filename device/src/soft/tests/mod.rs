@@ -5,6 +5,7 @@ mod caches;
 mod model;
 mod page_requests;
 mod reserved;
+mod silence;
 mod translate;
 
 use alloc::rc::Rc;

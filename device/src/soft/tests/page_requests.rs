@@ -1,9 +1,10 @@
 //! Accesses that wait for a page.
 
+use pgtable_formats::FaultClass;
 use viommu_wire::{AccessFlags, PageResponseCode};
 
 use super::*;
-use crate::host::{GroupResponse, PageRequestReport};
+use crate::host::{Answered, GroupResponse, PageRequestReport};
 use crate::soft::{AccessError, Answer, MAX_WAITING_PER_ENDPOINT, Ticket};
 
 const IOVA: u64 = 0x12_3000;
@@ -54,7 +55,8 @@ impl Waiting {
 
     fn respond(&mut self, request: &PageRequestReport, code: PageResponseCode) {
         let PageRequestReport { stream, group, .. } = *request;
-        self.host().respond(&GroupResponse { stream, group, code }).unwrap();
+        let answered = self.host().respond(&GroupResponse { stream, group, code });
+        assert_eq!(answered, Ok(Answered::Taken));
     }
 }
 
@@ -75,8 +77,11 @@ fn an_access_waits_and_goes_on() {
             group: request.group,
             last: true,
             private_data: None,
+            fault: request.fault,
         };
         assert_eq!(request, expected);
+        let Some(FaultCause::Table(fault)) = request.fault else { panic!("{request:?}") };
+        assert_eq!(fault.class(), FaultClass::NotMapped);
         assert_eq!(guest.host().next_page_request(), None);
         assert_eq!(guest.host().answer(ticket), None);
         guest.map(Attrs::READ_WRITE);
@@ -111,7 +116,10 @@ fn a_missing_permission_waits_too() {
         guest.map(Attrs::READ);
         assert_eq!(guest.access(tagged(1), IOVA, Access::READ), Ok(OUTPUT));
         guest.waits(tagged(1), IOVA, Access::WRITE);
-        assert_eq!(guest.next().access, AccessFlags::WRITE);
+        let request = guest.next();
+        assert_eq!(request.access, AccessFlags::WRITE);
+        let Some(FaultCause::Table(fault)) = request.fault else { panic!("{request:?}") };
+        assert_eq!(fault.class(), FaultClass::Permission);
     });
 }
 
@@ -122,13 +130,19 @@ fn accesses_to_a_page_share_a_ticket() {
         assert_eq!(guest.waits(tagged(1), IOVA + 0xfff, Access::READ), read);
         // Where a read is refused, so would be a write.
         assert_eq!(guest.waits(tagged(1), IOVA, Access::WRITE), read);
-        let others = [
+        let mut others = vec![
             guest.waits(tagged(1), IOVA + 0x1000, Access::READ),
             guest.waits(tagged(2), IOVA, Access::READ),
-            guest.waits(tagged(1), IOVA, Access { privileged: true, ..Access::READ }),
         ];
+        // A PASID entry that does not enable privileged accesses is nothing that a page could change.
+        match guest.access(tagged(1), IOVA, Access { privileged: true, ..Access::READ }) {
+            Err(AccessError::Waits(ticket)) => others.push(ticket),
+            other => assert!(matches!(other, Err(AccessError::Fault(FaultCause::Table(_))))),
+        }
+        assert_eq!(others.len(), if guest.world.arch == Arch::Arm { 3 } else { 2 });
         assert!(!others.contains(&read));
-        assert_eq!(core::iter::from_fn(|| guest.host().next_page_request()).count(), 4);
+        let requests = core::iter::from_fn(|| guest.host().next_page_request()).count();
+        assert_eq!(requests, 1 + others.len());
         // Told or not.
         assert_eq!(guest.waits(tagged(1), IOVA, Access::READ), read);
     });
@@ -255,20 +269,119 @@ fn old_tickets_say_to_try_again() {
 }
 
 #[test]
+fn a_late_answer_does_not_replace_one_of_another_ticket() {
+    both(|mut guest| {
+        let late = guest.waits(tagged(1), IOVA, Access::READ);
+        let asked = guest.next();
+        let mut recent = Vec::new();
+        for _ in 0..4200 {
+            recent.push(guest.waits(tagged(2), IOVA, Access::READ));
+            let request = guest.next();
+            guest.respond(&request, PageResponseCode::Invalid);
+        }
+        guest.respond(&asked, PageResponseCode::Success);
+        assert_eq!(guest.host().answer(late), Some(Answer::Retry));
+        for ticket in &recent[4200 - 4096..] {
+            assert_eq!(guest.host().answer(*ticket), Some(Answer::Failed), "{ticket:?}");
+        }
+    });
+}
+
+#[test]
+fn old_tickets_of_another_address_space_have_failed() {
+    both(|mut guest| {
+        let old = [tagged(1), tagged(2)].map(|stream| {
+            let ticket = guest.waits(stream, IOVA, Access::READ);
+            let request = guest.next();
+            guest.respond(&request, PageResponseCode::Success);
+            ticket
+        });
+        guest.world.invalidate(entry(Some(1)));
+        for _ in 0..5000 {
+            guest.waits(tagged(1), IOVA, Access::READ);
+            let request = guest.next();
+            guest.respond(&request, PageResponseCode::Success);
+        }
+        assert_eq!(guest.host().answer(old[0]), Some(Answer::Failed));
+        assert_eq!(guest.host().answer(old[1]), Some(Answer::Retry));
+        guest.host().bind(Stream::untagged(ENDPOINT), None).unwrap();
+        assert_eq!(guest.host().answer(old[1]), Some(Answer::Failed));
+    });
+}
+
+#[test]
+fn who_was_told_to_try_again_does_not_meet_another_address_space() {
+    both(|mut guest| {
+        let [first, second] = [1, 2].map(|pasid| {
+            let ticket = guest.waits(tagged(pasid), IOVA, Access::READ);
+            let request = guest.next();
+            guest.respond(&request, PageResponseCode::Success);
+            ticket
+        });
+        assert_eq!(guest.host().answer(first), Some(Answer::Retry));
+        guest.world.invalidate(entry(Some(1)));
+        assert_eq!(guest.host().answer(first), Some(Answer::Failed));
+        assert_eq!(guest.host().answer(second), Some(Answer::Retry));
+        guest.host().bind(Stream::untagged(ENDPOINT), None).unwrap();
+        assert_eq!(guest.host().answer(second), Some(Answer::Failed));
+    });
+}
+
+/// The entry of a PASID, or of untagged accesses, is not what it was.
+fn entry(pasid: Option<u32>) -> Invalidation {
+    let pasid = pasid.and_then(Pasid::new);
+    Invalidation { caches: Caches::PASID | Caches::TLB, ..tlb(Scope::Pasid(pasid)) }
+}
+
+#[test]
+fn an_entry_that_is_invalidated_by_name_ends_the_waiting() {
+    both(|mut guest| {
+        let told = guest.waits(tagged(1), IOVA, Access::READ);
+        let request = guest.next();
+        let untold = guest.waits(tagged(1), IOVA + 0x1000, Access::READ);
+        let other = guest.waits(tagged(2), IOVA, Access::READ);
+        // Less than the entry, more than this one, another one, another endpoint's.
+        let all = entry(Some(1));
+        for harmless in [
+            tlb(Scope::Pasid(Pasid::new(1))),
+            Invalidation { scope: pages(1, IOVA, 0x1000), ..all },
+            Invalidation { scope: Scope::Endpoint, ..all },
+            entry(None),
+            Invalidation { endpoint: OTHER, ..all },
+        ] {
+            guest.world.invalidate(harmless);
+            assert_eq!(guest.host().answer(told), None, "{harmless:?}");
+        }
+        guest.world.invalidate(all);
+        for ticket in [told, untold] {
+            assert_eq!(guest.host().answer(ticket), Some(Answer::Failed));
+        }
+        assert_eq!(guest.host().answer(other), None);
+        assert_eq!(guest.next().stream, tagged(2), "what is closed is not reported");
+        let response =
+            GroupResponse { stream: tagged(1), group: request.group, code: PageResponseCode::Success };
+        assert_eq!(guest.host().respond(&response), Ok(Answered::Gone));
+        // It can wait again, with another number.
+        guest.waits(tagged(1), IOVA, Access::READ);
+        assert_ne!(guest.next().group, request.group);
+    });
+}
+
+#[test]
 fn only_what_was_reported_can_be_answered() {
     both(|mut guest| {
         let ticket = guest.waits(tagged(1), IOVA, Access::READ);
         for stream in [tagged(1), tagged(2), Stream::untagged(ENDPOINT), Stream::untagged(EndpointId(99))] {
             for group in 0..3 {
                 let code = PageResponseCode::Success;
-                assert_eq!(guest.host().respond(&GroupResponse { stream, group, code }), Ok(()));
+                assert_eq!(guest.host().respond(&GroupResponse { stream, group, code }), Ok(Answered::Gone));
             }
         }
         assert_eq!(guest.host().answer(ticket), None);
         let request = guest.next();
         let other =
             GroupResponse { stream: tagged(2), group: request.group, code: PageResponseCode::Success };
-        guest.host().respond(&other).unwrap();
+        assert_eq!(guest.host().respond(&other), Ok(Answered::Gone));
         assert_eq!(guest.host().answer(ticket), None, "of another PASID");
     });
 }
@@ -284,8 +397,10 @@ fn an_unbound_stream_waits_for_nothing() {
             assert_eq!(guest.host().answer(ticket), Some(Answer::Failed));
         }
         assert_eq!(guest.host().next_page_request(), None);
-        guest.respond(&request, PageResponseCode::Success);
-        assert_eq!(guest.host().answer(told), Some(Answer::Failed), "it is gone");
+        let response =
+            GroupResponse { stream: tagged(1), group: request.group, code: PageResponseCode::Success };
+        assert_eq!(guest.host().respond(&response), Ok(Answered::Gone));
+        assert_eq!(guest.host().answer(told), Some(Answer::Failed));
         assert!(matches!(
             guest.access(tagged(1), IOVA, Access::READ),
             Err(AccessError::Fault(FaultCause::Unattached))
