@@ -6,7 +6,7 @@ use pgtable_formats::context::vtd::PasidTable;
 
 use super::descriptors::{self, Descriptors};
 use super::entries::{self, Entries};
-use super::{Kind, Mediated, Way};
+use super::{Kind, Mediated, Port, Way};
 use crate::host::{Host, HostError, Stream};
 use crate::soft::Stage2;
 
@@ -36,7 +36,6 @@ impl<H: Host, M: Stage2> Mediated<H, M> {
     ) -> Result<(), HostError> {
         let is_bound = space.is_some();
         self.host.bind(stream, space)?;
-        self.requests.moved(&mut self.host, stream);
         if let (None, Some(port)) = (stream.pasid, self.ports.get_mut(&stream.endpoint)) {
             port.is_untagged = is_bound;
         }
@@ -55,8 +54,8 @@ impl<H: Host, M: Stage2> Mediated<H, M> {
         };
         let serves_tagged = made.is_some_and(Descriptors::serves_tagged);
         let number = number(stream).ok_or(HostError::Unsupported)?;
-        match kind {
-            Some(Kind::PageTable(_, table)) => {
+        match (kind, stream.pasid) {
+            (Some(Kind::PageTable(_, table)), _) => {
                 let table = *table;
                 match self.set_descriptor(stream, number, &table) {
                     // What waits to be used again may hold all that is left.
@@ -64,23 +63,29 @@ impl<H: Host, M: Stage2> Mediated<H, M> {
                     result => result,
                 }
             }
-            None if made.is_some_and(|made| made.serves(number)) => self.clear_descriptor(stream, number),
-            None if serves_tagged => Ok(()),
-            Some(_) if serves_tagged => Err(HostError::Unsupported),
-            kind => {
-                let space = kind.map_or(Ok(None), Kind::inner)?;
-                let leaves = space.is_some() && stream.pasid.is_none();
-                self.bind_inner(stream, space)?;
-                if leaves {
-                    self.leave_descriptors(stream);
-                }
+            (Some(_), _) if serves_tagged => Err(HostError::Unsupported),
+            (Some(kind), None) => {
+                self.bind_inner(stream, kind.inner()?)?;
+                self.leave_descriptors(stream);
                 Ok(())
             }
+            (Some(kind), Some(_)) => self.bind_inner(stream, kind.inner()?),
+            (None, _) if made.is_some_and(|made| made.serves(number)) => {
+                self.clear_descriptor(stream, number)
+            }
+            // The others need the table, in which it has no descriptor.
+            (None, _) if serves_tagged => Ok(()),
+            (None, None) => {
+                self.bind_inner(stream, None)?;
+                self.idle_descriptors(stream);
+                Ok(())
+            }
+            (None, Some(_)) => self.bind_inner(stream, None),
         }
     }
 
     fn set_descriptor(&mut self, stream: Stream, number: Pasid, table: &PageTable) -> Result<(), HostError> {
-        let Self { host, memory, ports, room, limits, requests, .. } = self;
+        let Self { host, memory, ports, room, limits, .. } = self;
         let (Some(port), Some(room)) = (ports.get_mut(&stream.endpoint), room) else {
             return Err(HostError::Unsupported);
         };
@@ -95,28 +100,18 @@ impl<H: Host, M: Stage2> Mediated<H, M> {
             Some(made) => made,
             none => none.insert(Descriptors::new(caps, &mut means)?),
         };
-        let replaces = made.serves(number);
         made.bind(number, table, &mut means)?;
-        if replaces && port.caps.page_requests {
-            requests.close(host, stream);
-        }
-        if stream.pasid.is_none() && core::mem::replace(&mut port.is_untagged, false) {
-            requests.moved(host, stream);
-        }
+        port.is_untagged &= stream.pasid.is_some();
         Ok(())
     }
 
     fn clear_descriptor(&mut self, stream: Stream, number: Pasid) -> Result<(), HostError> {
-        let Self { host, memory, ports, room, limits, requests, .. } = self;
+        let Self { host, memory, ports, room, limits, .. } = self;
         let (Some(port), Some(room)) = (ports.get_mut(&stream.endpoint), room) else { return Ok(()) };
         let Way::Descriptors(_, Some(made)) = &mut port.way else { return Ok(()) };
         let limit = limits.max_window_per_endpoint;
         let mut means = descriptors::Means { endpoint: stream.endpoint, host, memory, room, limit };
-        made.unbind(number, &mut means)?;
-        if port.caps.page_requests {
-            requests.close(host, stream);
-        }
-        Ok(())
+        made.unbind(number, &mut means)
     }
 
     /// The endpoint has its untagged stream bound to something else.
@@ -127,6 +122,15 @@ impl<H: Host, M: Stage2> Mediated<H, M> {
             && let Some(made) = made.take()
         {
             made.release(host, room);
+        }
+    }
+
+    /// The endpoint has its untagged stream bound to nothing.
+    fn idle_descriptors(&mut self, stream: Stream) {
+        if let Some(Way::Descriptors(_, Some(made))) =
+            self.ports.get_mut(&stream.endpoint).map(|port| &mut port.way)
+        {
+            made.set_idle();
         }
     }
 
@@ -155,7 +159,9 @@ impl<H: Host, M: Stage2> Mediated<H, M> {
         stream: Stream,
         kind: Option<&mut Kind<H::Space>>,
     ) -> Result<(), HostError> {
-        let Some(Way::Entries { bound, own }) = self.ports.get(&stream.endpoint).map(|port| &port.way) else {
+        self.settle_lost(stream)?;
+        let Some(Way::Entries { bound, own, .. }) = self.ports.get(&stream.endpoint).map(|port| &port.way)
+        else {
             return Err(HostError::Unsupported);
         };
         match (stream.pasid, kind) {
@@ -192,13 +198,14 @@ impl<H: Host, M: Stage2> Mediated<H, M> {
         self.with_entries(stream, |slot, means| {
             let is_new = slot.is_none();
             let result = slot.get_or_insert_with(|| Entries::new(*table)).replace(table, is_new, means);
-            if is_new && result.is_err() {
-                *slot = None;
+            if is_new
+                && result.is_err()
+                && let Some(entries) = slot.take()
+            {
+                entries.lose(means);
             }
             result
-        })?;
-        self.requests.moved(&mut self.host, stream);
-        Ok(())
+        })
     }
 
     fn leave_entries(&mut self, stream: Stream, space: Option<&mut H::Space>) -> Result<(), HostError> {
@@ -208,8 +215,22 @@ impl<H: Host, M: Stage2> Mediated<H, M> {
             }
             *slot = None;
             Ok(())
-        })?;
-        self.requests.moved(&mut self.host, stream);
+        })
+    }
+
+    /// Takes from the machine what it did not let go of before.
+    fn settle_lost(&mut self, Stream { endpoint, .. }: Stream) -> Result<(), HostError> {
+        let Self { host, ports, .. } = self;
+        let Some(Way::Entries { lost, .. }) = ports.get_mut(&endpoint).map(|port| &mut port.way) else {
+            return Ok(());
+        };
+        while let Some(last) = lost.last_mut() {
+            for pasid in last.streams.into_iter().flatten() {
+                host.bind(Stream { endpoint, pasid }, None)?;
+            }
+            last.spaces.drain(..).for_each(|space| host.destroy(space));
+            lost.pop();
+        }
         Ok(())
     }
 
@@ -219,15 +240,27 @@ impl<H: Host, M: Stage2> Mediated<H, M> {
         stream: Stream,
         change: impl FnOnce(&mut Option<Entries<H::Space>>, &mut entries::Means<'_, H, M>) -> Result<R, HostError>,
     ) -> Result<R, HostError> {
-        let Self { host, memory, ports, identity, limits, entries, .. } = self;
+        self.settle_lost(stream)?;
+        let Self { host, memory, ports, identity, window, limits, entries, .. } = self;
         let endpoint = stream.endpoint;
-        let Some(Way::Entries { bound, .. }) = ports.get_mut(&endpoint).map(|port| &mut port.way) else {
+        let Some(Port { caps, way: Way::Entries { bound, lost, .. }, .. }) = ports.get_mut(&endpoint) else {
             return Err(HostError::Unsupported);
         };
         let count = |bound: &Option<Entries<H::Space>>| bound.as_ref().map_or(0, Entries::len);
         let elsewhere = entries.saturating_sub(count(bound));
         let limit = limits.max_entries_per_endpoint.min(limits.max_entries.saturating_sub(elsewhere));
-        let result = change(bound, &mut entries::Means { endpoint, host, memory, identity, limit });
+        let mut means = entries::Means {
+            endpoint,
+            host,
+            memory,
+            identity,
+            lost,
+            window: *window,
+            limit,
+            max_tables: limits.max_tables_per_reading,
+            page_requests: caps.page_requests,
+        };
+        let result = change(bound, &mut means);
         *entries = elsewhere + count(bound);
         result
     }

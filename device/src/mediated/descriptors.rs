@@ -6,10 +6,11 @@ use pgtable_formats::context::BuildError;
 use pgtable_formats::context::Canonical;
 use pgtable_formats::context::smmuv3::{Caps, Cd, CdTable, PageTable, TableFormat, Untagged};
 use pgtable_formats::{Gpa, Pasid, TableAlloc};
-use viommu_wire::{Caches, EndpointId};
+use viommu_wire::EndpointId;
 
+use super::everything;
 use super::window::{Room, Tables};
-use crate::host::{Host, HostError, Invalidation, Scope, SpaceSpec, Stream};
+use crate::host::{Host, HostError, Scope, SpaceSpec, Stream};
 use crate::soft::Stage2;
 
 /// The descriptors of one endpoint. What they hold is known here: the window is written and never read.
@@ -60,21 +61,18 @@ impl<H: Host, M: Stage2> Means<'_, H, M> {
         Stream::untagged(self.endpoint)
     }
 
-    /// Drops all that is cached of a PASID, else of all.
+    /// Drops all that is cached of a PASID. So the machine answers its page requests as well, as it does not with a
+    /// wider scope.
     fn sync(&mut self, pasid: Pasid) -> Result<(), HostError> {
         let number = Some(pasid).filter(|pasid| *pasid != Pasid::ZERO);
-        let endpoint = self.endpoint;
-        self.host.invalidate(&[everything(endpoint, Scope::Pasid(number))]).or_else(|_| self.sync_all())
+        let all = everything(self.endpoint, Scope::Pasid(number));
+        self.host.invalidate(&[all]).map_err(|stopped| stopped.error)
     }
 
     fn sync_all(&mut self) -> Result<(), HostError> {
         let all = everything(self.endpoint, Scope::Endpoint);
         self.host.invalidate(&[all]).map_err(|stopped| stopped.error)
     }
-}
-
-pub(super) const fn everything(endpoint: EndpointId, scope: Scope) -> Invalidation {
-    Invalidation { endpoint, scope, caches: Caches::all(), leaf: false, tag: None, global: true }
 }
 
 impl<S> Descriptors<S> {
@@ -266,6 +264,11 @@ impl<S> Descriptors<S> {
     /// Everything was invalidated.
     pub(super) const fn set_clean(&mut self) {
         self.stale = false;
+    }
+
+    /// The machine has the untagged stream bound to nothing, and no descriptor is valid.
+    pub(super) const fn set_idle(&mut self) {
+        self.state = State::Idle;
     }
 
     /// What is bound (PASID 0: untagged accesses).

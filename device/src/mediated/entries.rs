@@ -3,12 +3,15 @@
 use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
 
-use pgtable_formats::Pasid;
-use pgtable_formats::context::vtd::{FirstStage, PasidTable};
-use pgtable_formats::context::{Canonical, Context, Stage1};
+use pgtable_formats::context::Canonical;
+use pgtable_formats::context::vtd::PasidTable;
+use pgtable_formats::{Gpa, Pasid};
 use viommu_wire::EndpointId;
 
-use crate::host::{Host, HostError, SpaceSpec, Stream};
+use super::everything;
+use super::reading::{Reading, Said, Target};
+use super::window::Window;
+use crate::host::{Host, HostError, Invalidation, Scope, SpaceSpec, Stream};
 use crate::soft::Stage2;
 
 /// What one endpoint translates through: a PASID table, as it was when it was read.
@@ -21,15 +24,8 @@ pub(super) struct Entries<S> {
 
 #[derive(Debug)]
 struct Entry<S> {
-    target: Target,
+    said: Said,
     via: Via<S>,
-}
-
-/// What an entry says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Target {
-    PageTable(FirstStage),
-    Bypass,
 }
 
 /// What its streams are bound to.
@@ -40,10 +36,28 @@ enum Via<S> {
     Identity,
     /// Nothing: the machine does not do it, or the page table is not in memory.
     Refused,
+    /// Nothing, since the machine failed to bind them, and failed again to bind them as they were. Where it did not even
+    /// take them away, they may still be bound to these spaces: freed once it does.
+    Lost(Vec<S>),
 }
 
-/// An entry that is not as it is bound. `None`: not present, or not legal.
-type Change = (Pasid, Option<Target>);
+impl<S> Via<S> {
+    fn spaces(self) -> Vec<S> {
+        match self {
+            Self::Space(space) => alloc::vec![space],
+            Self::Lost(spaces) => spaces,
+            Self::Identity | Self::Refused => Vec::new(),
+        }
+    }
+}
+
+/// Spaces of an entry that there is no more, which the machine did not let go of, and the streams that may be bound to
+/// them.
+#[derive(Debug)]
+pub(super) struct Lost<S> {
+    pub(super) streams: Streams,
+    pub(super) spaces: Vec<S>,
+}
 
 /// What it takes to bind entries.
 pub(super) struct Means<'a, H: Host, M> {
@@ -51,18 +65,16 @@ pub(super) struct Means<'a, H: Host, M> {
     pub(super) host: &'a mut H,
     pub(super) memory: &'a M,
     pub(super) identity: &'a mut Option<H::Space>,
+    /// Of the endpoint. Nothing of it is bound while there is any.
+    pub(super) lost: &'a mut Vec<Lost<H::Space>>,
+    /// Where no table of a guest may lie.
+    pub(super) window: Option<Window>,
     /// How many entries the endpoint may have bound.
     pub(super) limit: usize,
-}
-
-impl Target {
-    fn of(context: Context) -> Option<Self> {
-        match context {
-            Context::Bypass => Some(Self::Bypass),
-            Context::Stage1(Stage1::Vtd(table)) => Some(Self::PageTable(table)),
-            Context::Stage1(Stage1::Smmuv3(_)) => None,
-        }
-    }
+    /// How many of the guest's tables are read at once.
+    pub(super) max_tables: usize,
+    /// Whether the endpoint asks for pages.
+    pub(super) page_requests: bool,
 }
 
 impl<H: Host, M: Stage2> Means<'_, H, M> {
@@ -74,6 +86,7 @@ impl<H: Host, M: Stage2> Means<'_, H, M> {
                 *self.identity = Some(space);
                 Via::Identity
             }),
+            Target::PageTable(table) if self.is_in_window(table.extents()) => Err(HostError::BadAddress),
             Target::PageTable(table) => {
                 let table = &Canonical::VtdFirstStage(table);
                 self.host.create(SpaceSpec::GuestTable { endpoint: self.endpoint, table }).map(Via::Space)
@@ -86,9 +99,13 @@ impl<H: Host, M: Stage2> Means<'_, H, M> {
         }
     }
 
+    fn is_in_window(&self, (first, size): (Gpa, u64)) -> bool {
+        self.window.is_some_and(|window| window.touches(first, size))
+    }
+
     fn bind(&mut self, pasid: Option<Pasid>, via: Option<&mut Via<H::Space>>) -> Result<(), HostError> {
         let space = match via {
-            None | Some(Via::Refused) => None,
+            None | Some(Via::Refused | Via::Lost(_)) => None,
             Some(Via::Space(space)) => Some(space),
             Some(Via::Identity) => self.identity.as_mut(),
         };
@@ -96,7 +113,7 @@ impl<H: Host, M: Stage2> Means<'_, H, M> {
     }
 
     /// Binds all streams of an entry, or none of them: then they are bound to `old`. What the machine does not do
-    /// becomes [`Via::Refused`].
+    /// becomes [`Via::Refused`], and what it does not let go of [`Via::Lost`].
     fn bind_all(
         &mut self,
         streams: Streams,
@@ -113,7 +130,7 @@ impl<H: Host, M: Stage2> Means<'_, H, M> {
             }
         }
         if result.is_err() {
-            self.restore(streams.into_iter().flatten().take(done), old);
+            self.restore(streams, done, new, old);
         }
         result
     }
@@ -134,37 +151,48 @@ impl<H: Host, M: Stage2> Means<'_, H, M> {
         (done, Ok(()))
     }
 
-    /// Binds streams to what they were bound to before. Where the machine fails once more they are bound to nothing:
-    /// closed rather than open.
+    /// Binds the first `done` of an entry's streams from `new` to what they were bound to before. Where the machine
+    /// fails once more, all of them are bound to nothing: closed rather than open.
     fn restore(
         &mut self,
-        streams: impl Iterator<Item = Option<Pasid>> + Clone,
+        streams: Streams,
+        done: usize,
+        new: &mut Option<Via<H::Space>>,
         mut old: Option<&mut Via<H::Space>>,
     ) {
-        for pasid in streams.clone() {
-            if self.bind(pasid, old.as_deref_mut()).is_ok() {
-                continue;
-            }
-            for pasid in streams {
-                let _ = self.bind(pasid, None);
-            }
-            if let Some(old) = old {
-                let lost = core::mem::replace(old, Via::Refused);
-                self.discard(Some(lost));
-            }
+        let mut changed = streams.into_iter().flatten().take(done);
+        if changed.all(|pasid| self.bind(pasid, old.as_deref_mut()).is_ok()) {
             return;
+        }
+        // Of an entry that is not recorded, the others may be bound to what is not known here.
+        let closes = if old.is_some() { streams.len() } else { done };
+        let mut is_closed = true;
+        for pasid in streams.into_iter().flatten().take(closes) {
+            is_closed &= self.bind(pasid, None).is_ok();
+        }
+        match old {
+            Some(old) => {
+                let before = core::mem::replace(old, Via::Lost(Vec::new()));
+                if is_closed {
+                    self.discard(Some(before));
+                } else {
+                    *old = Via::Lost(new.take().into_iter().chain([before]).flat_map(Via::spaces).collect());
+                }
+            }
+            None if is_closed => {}
+            None => *new = new.take().map(|new| Via::Lost(new.spaces())),
         }
     }
 
     fn discard(&mut self, via: Option<Via<H::Space>>) {
-        if let Some(Via::Space(space)) = via {
+        for space in via.map_or_else(Vec::new, Via::spaces) {
             self.host.destroy(space);
         }
     }
 }
 
 /// The PASIDs of an entry's streams, `None` for untagged accesses.
-type Streams = [Option<Option<Pasid>>; 2];
+pub(super) type Streams = [Option<Option<Pasid>>; 2];
 
 impl<S> Entries<S> {
     /// Nothing is bound yet.
@@ -181,6 +209,8 @@ impl<S> Entries<S> {
         means: &mut Means<'_, H, M>,
     ) -> Result<(), HostError> {
         if self.table.untagged() == table.untagged() {
+            // What both tables say is not bound anew, so that nothing else answers its page requests.
+            self.answer_requests(means)?;
             let before = core::mem::replace(&mut self.table, *table);
             return self.exchange(is_new, means).inspect_err(|_| self.table = before);
         }
@@ -193,9 +223,34 @@ impl<S> Entries<S> {
                 Ok(())
             }
             Err(error) => {
-                self.open(means);
+                if new.lose(means) {
+                    // Closed rather than open: other streams have to be taken away first.
+                    self.shut(means);
+                } else {
+                    self.open(means);
+                }
                 Err(error)
             }
+        }
+    }
+
+    /// Gives up entries that could not be bound. Whether the machine did not let go of all.
+    pub(super) fn lose<H: Host<Space = S>, M: Stage2>(self, means: &mut Means<'_, H, M>) -> bool {
+        let streams: Vec<Streams> = self.bound.keys().map(|&pasid| self.streams(pasid)).collect();
+        for (streams, entry) in streams.into_iter().zip(self.bound.into_values()) {
+            match entry.via {
+                Via::Lost(spaces) => means.lost.push(Lost { streams, spaces }),
+                via => means.discard(Some(via)),
+            }
+        }
+        !means.lost.is_empty()
+    }
+
+    /// Notes that the streams of all entries are bound to nothing, and are to be bound anew by the next reading.
+    fn shut<H: Host<Space = S>, M: Stage2>(&mut self, means: &mut Means<'_, H, M>) {
+        for entry in self.bound.values_mut() {
+            let via = core::mem::replace(&mut entry.via, Via::Lost(Vec::new()));
+            means.discard(Some(via));
         }
     }
 
@@ -214,20 +269,23 @@ impl<S> Entries<S> {
         Ok(())
     }
 
-    /// Reads the whole table anew and binds what has changed. Whatever fails, each entry is as it was or as it is now.
+    /// Reads the whole table anew and binds what has changed, first what makes room. Whatever fails, each entry is as it
+    /// was or as it is now.
     ///
     /// # Errors
-    /// The first; what comes behind it was tried nevertheless.
+    /// The first; what comes behind it was tried nevertheless. [`HostError::NoMemory`] where entries were left out.
     pub(super) fn refresh<H: Host<Space = S>, M: Stage2>(
         &mut self,
         means: &mut Means<'_, H, M>,
     ) -> Result<(), HostError> {
-        let (changes, is_over) = self.changes(means.memory, means.limit);
+        let Reading { changes, is_whole, .. } = self.read(means);
         let mut result = Ok(());
-        for (pasid, target) in changes {
-            result = result.and(self.apply(pasid, target, means));
+        for adds in [false, true] {
+            for &(pasid, said) in changes.iter().filter(|(_, said)| said.is_some() == adds) {
+                result = result.and(self.apply(pasid, said, means));
+            }
         }
-        if is_over { result.and(Err(HostError::NoMemory)) } else { result }
+        if is_whole { result } else { result.and(Err(HostError::NoMemory)) }
     }
 
     /// The same for the entry of one PASID, `None` for that of untagged accesses.
@@ -236,16 +294,20 @@ impl<S> Entries<S> {
         pasid: Option<Pasid>,
         means: &mut Means<'_, H, M>,
     ) -> Result<(), HostError> {
-        let judged = self.table.lookup(means.memory, pasid);
-        let target = judged.ok().and_then(Target::of);
-        let pasid = pasid.unwrap_or(self.table.untagged());
+        let untagged = self.table.untagged();
+        // By its number the entry of untagged accesses is there, too, where no tagged access may use it.
+        let read = self.table.fetch(means.memory, pasid.filter(|pasid| *pasid != untagged));
+        let said = read.ok().and_then(|entry| Said::of(&entry, self.table.caps()));
+        let pasid = pasid.unwrap_or(untagged);
         let is_same = match self.bound.get(&pasid) {
             // What was refused is tried again: the guest asks for it.
-            Some(entry) => target == Some(entry.target) && !matches!(entry.via, Via::Refused),
-            None if target.is_some() && self.bound.len() >= means.limit => return Err(HostError::NoMemory),
-            None => target.is_none(),
+            Some(entry) => {
+                said.is_some_and(|said| said.target == entry.said.target)
+                    && !matches!(entry.via, Via::Refused | Via::Lost(_))
+            }
+            None => said.is_none(),
         };
-        if is_same { Ok(()) } else { self.apply(pasid, target, means) }
+        if is_same { Ok(()) } else { self.apply(pasid, said, means) }
     }
 
     /// The table.
@@ -260,7 +322,7 @@ impl<S> Entries<S> {
 
     /// How many of them the machine refused.
     pub(super) fn refused(&self) -> usize {
-        self.bound.values().filter(|entry| matches!(entry.via, Via::Refused)).count()
+        self.bound.values().filter(|entry| matches!(entry.via, Via::Refused | Via::Lost(_))).count()
     }
 
     /// The streams that the entry of a PASID serves.
@@ -274,30 +336,28 @@ impl<S> Entries<S> {
         }
     }
 
-    /// What in the live table is not as it is bound, by ascending PASID; and whether that are more than `limit` entries,
-    /// those above which are left out.
-    fn changes<M: Stage2>(&self, memory: &M, limit: usize) -> (Vec<Change>, bool) {
-        let mut changes: Vec<Change> = Vec::new();
-        let mut bound = self.bound.iter().peekable();
-        let (mut kept, mut is_over) = (0, false);
-        self.table.scan(memory, |pasid, judged| {
-            while let Some((&gone, _)) = bound.next_if(|(other, _)| **other < pasid) {
-                changes.push((gone, None));
-            }
-            let target = judged.ok().and_then(Target::of);
-            let old = bound.next_if(|(other, _)| **other == pasid).map(|(_, entry)| entry.target);
-            if target.is_some() && kept >= limit {
-                is_over = true;
-                changes.extend(old.map(|_| (pasid, None)));
-                return;
-            }
-            kept += usize::from(target.is_some());
-            if target != old {
-                changes.push((pasid, target));
-            }
-        });
-        changes.extend(bound.map(|(&gone, _)| (gone, None)));
-        (changes, is_over)
+    /// What in the live table is not as it is bound. What was lost is not as it says.
+    fn read<H: Host<Space = S>, M: Stage2>(&self, means: &Means<'_, H, M>) -> Reading {
+        let is_lost = |entry: &Entry<S>| matches!(entry.via, Via::Lost(_));
+        let bound =
+            self.bound.iter().map(|(&pasid, entry)| (pasid, (!is_lost(entry)).then_some(&entry.said)));
+        Reading::of(&self.table, means.memory, bound, means.limit, means.max_tables)
+    }
+
+    /// Has the machine answer what the streams of all entries have asked for.
+    fn answer_requests<H: Host<Space = S>, M: Stage2>(
+        &self,
+        means: &mut Means<'_, H, M>,
+    ) -> Result<(), HostError> {
+        if !means.page_requests {
+            return Ok(());
+        }
+        // Accesses that are tagged with PASID 0 have what serves untagged ones, and requests of their own.
+        let zero = self.bound.contains_key(&Pasid::ZERO).then_some(Some(Pasid::ZERO));
+        let streams = self.bound.keys().flat_map(|&pasid| self.streams(pasid)).flatten().chain(zero);
+        let all: Vec<Invalidation> =
+            streams.map(|pasid| everything(means.endpoint, Scope::Pasid(pasid))).collect();
+        means.host.invalidate(&all).map_err(|stopped| stopped.error)
     }
 
     /// All changes, or none.
@@ -306,8 +366,8 @@ impl<S> Entries<S> {
         is_new: bool,
         means: &mut Means<'_, H, M>,
     ) -> Result<(), HostError> {
-        let (mut changes, is_over) = self.changes(means.memory, means.limit);
-        if is_over {
+        let Reading { mut changes, is_whole, added, gone } = self.read(means);
+        if !is_whole || (self.bound.len() + added).saturating_sub(gone) > means.limit {
             return Err(HostError::NoMemory);
         }
         // The untagged stream comes last: what it is bound to may not be known here, and cannot be restored then.
@@ -318,9 +378,9 @@ impl<S> Entries<S> {
             Err(_) => {}
         }
         let mut made = Vec::with_capacity(changes.len());
-        for (pasid, target) in changes {
-            match target.map(|target| means.make(target)).transpose() {
-                Ok(via) => made.push((pasid, target, via)),
+        for (pasid, said) in changes {
+            match said.map(|said| means.make(said.target)).transpose() {
+                Ok(via) => made.push((pasid, said, via)),
                 Err(error) => {
                     made.into_iter().for_each(|(_, _, via)| means.discard(via));
                     return Err(error);
@@ -337,49 +397,68 @@ impl<S> Entries<S> {
             }
         }
         let Some((place, error)) = failed else {
-            made.into_iter().for_each(|(pasid, target, via)| self.record(pasid, target, via, means));
+            made.into_iter().for_each(|(pasid, said, via)| self.record(pasid, said, via, means));
             return Ok(());
         };
-        for (at, (pasid, _, via)) in made.into_iter().enumerate() {
+        for (at, (pasid, said, mut via)) in made.into_iter().enumerate() {
             if at < place {
-                let streams = self.streams(pasid).into_iter().flatten();
-                means.restore(streams, self.bound.get_mut(&pasid).map(|entry| &mut entry.via));
+                let streams = self.streams(pasid);
+                let old = self.bound.get_mut(&pasid).map(|entry| &mut entry.via);
+                means.restore(streams, streams.len(), &mut via, old);
             }
-            means.discard(via);
+            self.give_up(pasid, said, via, means);
         }
         Err(error)
     }
 
-    /// One change.
+    /// One change. What would be one entry too many is not bound.
     fn apply<H: Host<Space = S>, M: Stage2>(
         &mut self,
         pasid: Pasid,
-        target: Option<Target>,
+        said: Option<Said>,
         means: &mut Means<'_, H, M>,
     ) -> Result<(), HostError> {
-        let mut via = target.map(|target| means.make(target)).transpose()?;
+        if said.is_some() && self.bound.len() >= means.limit && !self.bound.contains_key(&pasid) {
+            return Err(HostError::NoMemory);
+        }
+        let mut via = said.map(|said| means.make(said.target)).transpose()?;
         let streams = self.streams(pasid);
         let old = self.bound.get_mut(&pasid).map(|entry| &mut entry.via);
         if let Err(error) = means.bind_all(streams, &mut via, old) {
-            means.discard(via);
+            self.give_up(pasid, said, via, means);
             return Err(error);
         }
-        self.record(pasid, target, via, means);
+        self.record(pasid, said, via, means);
         Ok(())
     }
 
     fn record<H: Host<Space = S>, M: Stage2>(
         &mut self,
         pasid: Pasid,
-        target: Option<Target>,
+        said: Option<Said>,
         via: Option<Via<S>>,
         means: &mut Means<'_, H, M>,
     ) {
-        let old = match target.zip(via) {
-            Some((target, via)) => self.bound.insert(pasid, Entry { target, via }),
+        let old = match said.zip(via) {
+            Some((said, via)) => self.bound.insert(pasid, Entry { said, via }),
             None => self.bound.remove(&pasid),
         };
         means.discard(old.map(|entry| entry.via));
+    }
+
+    /// Frees what could not be bound, unless streams may be bound to it: then there is an entry, for the next change to
+    /// begin with.
+    fn give_up<H: Host<Space = S>, M: Stage2>(
+        &mut self,
+        pasid: Pasid,
+        said: Option<Said>,
+        via: Option<Via<S>>,
+        means: &mut Means<'_, H, M>,
+    ) {
+        match (said, via) {
+            (Some(said), Some(via @ Via::Lost(_))) => drop(self.bound.insert(pasid, Entry { said, via })),
+            (_, via) => means.discard(via),
+        }
     }
 
     /// Binds the streams of all entries to nothing, the untagged one only `with_untagged`; or nothing happens.
@@ -403,8 +482,9 @@ impl<S> Entries<S> {
     fn open<H: Host<Space = S>, M: Stage2>(&mut self, means: &mut Means<'_, H, M>) {
         let pasids: Vec<Pasid> = self.bound.keys().copied().collect();
         for pasid in pasids {
-            let streams = self.streams(pasid).into_iter().flatten();
-            means.restore(streams, self.bound.get_mut(&pasid).map(|entry| &mut entry.via));
+            let streams = self.streams(pasid);
+            let via = self.bound.get_mut(&pasid).map(|entry| &mut entry.via);
+            means.restore(streams, streams.len(), &mut None, via);
         }
     }
 

@@ -8,8 +8,8 @@ use viommu_wire::EndpointId;
 
 use super::{Kind, Mediated, Space, Way, kind_of};
 use crate::host::{
-    EndpointCaps, FaultReport, GroupResponse, Host, HostError, Invalidation, MapError, PageRequestReport,
-    SpaceSpec, Stopped, Stream, UnmapError,
+    Answered, EndpointCaps, FaultReport, GroupResponse, Host, HostError, Invalidation, MapError,
+    PageRequestReport, SpaceSpec, Stopped, Stream, UnmapError,
 };
 use crate::mapping::Mapping;
 use crate::soft::Stage2;
@@ -110,19 +110,14 @@ impl<H: Host, M: Stage2> Host for Mediated<H, M> {
     }
 
     fn next_fault(&mut self) -> Option<FaultReport> {
-        let report = self.host.next_fault()?;
-        Some(FaultReport { cause: self.cause(&report), ..report })
+        self.next_told()
     }
 
     fn next_page_request(&mut self) -> Option<PageRequestReport> {
-        let Self { host, requests, ports, .. } = self;
-        let is_made = |endpoint| {
-            matches!(ports.get(&endpoint).map(|port| &port.way), Some(Way::Descriptors(_, Some(_))))
-        };
-        requests.next(host, is_made)
+        self.host.next_page_request().map(|report| self.with_told(report))
     }
 
-    fn respond(&mut self, response: &GroupResponse) -> Result<(), HostError> {
-        self.requests.respond(&mut self.host, response)
+    fn respond(&mut self, response: &GroupResponse) -> Result<Answered, HostError> {
+        self.host.respond(response)
     }
 }

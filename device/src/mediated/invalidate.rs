@@ -1,11 +1,11 @@
-//! INVALIDATE and faults of endpoints whose tables are not handed over as they are.
+//! INVALIDATE of endpoints whose tables are not handed over as they are.
 
-use pgtable_formats::{Fault, FaultClass, Pasid};
+use pgtable_formats::Pasid;
 use viommu_wire::Caches;
 
-use super::descriptors::{Means, everything};
-use super::{Mediated, Way};
-use crate::host::{FaultCause, FaultReport, Host, HostError, Invalidation, Scope, Stopped, Stream};
+use super::descriptors::Means;
+use super::{Mediated, Way, everything};
+use crate::host::{Host, HostError, Invalidation, Scope, Stopped, Stream};
 use crate::soft::Stage2;
 
 impl<H: Host, M: Stage2> Mediated<H, M> {
@@ -39,6 +39,8 @@ impl<H: Host, M: Stage2> Mediated<H, M> {
         match self.ports.get(&endpoint).map(|port| &port.way) {
             Some(Way::Descriptors(_, Some(made))) if made.needs_all() => {
                 parts.push((place, everything(endpoint, Scope::Endpoint)));
+                // It may be about page requests, too.
+                parts.push((place, *invalidation));
             }
             Some(Way::Descriptors(_, Some(made))) => {
                 // Hardware that finds translations by their tag alone need not drop all of them.
@@ -124,31 +126,5 @@ impl<H: Host, M: Stage2> Mediated<H, M> {
             }
         }
         Ok(())
-    }
-
-    /// Why an access failed, in terms of what the guest bound rather than of what was made of it.
-    pub(super) fn cause(&self, report: &FaultReport) -> FaultCause {
-        let Stream { endpoint, pasid } = report.stream;
-        match self.ports.get(&endpoint).map(|port| &port.way) {
-            Some(Way::Descriptors(_, Some(made))) => {
-                let is_bound = made.is_idle() || made.serves(pasid.unwrap_or(Pasid::ZERO));
-                match report.cause {
-                    // A descriptor that is not there.
-                    FaultCause::Table(fault)
-                        if !is_bound && matches!(fault.class(), FaultClass::Configuration) =>
-                    {
-                        FaultCause::Unattached
-                    }
-                    cause => cause,
-                }
-            }
-            Some(Way::Entries { bound: Some(bound), .. }) if report.cause == FaultCause::Unattached => {
-                match bound.table().lookup(&self.memory, pasid) {
-                    Err(reason) => FaultCause::Table(Fault::Vtd(reason)),
-                    Ok(_) => report.cause,
-                }
-            }
-            _ => report.cause,
-        }
     }
 }

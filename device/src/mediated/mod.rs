@@ -38,37 +38,49 @@
 //! - What the window holds is known here: it is written, never read.
 //! - PASID 0 is untagged DMA (S1DSS = 2); DMA that is tagged with PASID 0 faults, as the architecture has it.
 //! - A page table that replaces another does so by way of none: accesses in between fault.
-//! - Where caches cannot be brought up to date, one PASID at a time or all at once, the endpoint is blocked until they
-//!   can; the request fails.
+//! - Where what is cached of a PASID cannot be dropped, the endpoint is blocked until everything can; the request fails.
+//! - A machine in software walks through a [`ReadOnlyWindow`], and has the window among its endpoints' reserved regions.
 //! - Beside page tables untagged DMA has a page table or nothing: bypass and mappings are refused meanwhile.
 //!
 //! # PASID tables on VT-d
 //! The guest's directory and tables are read when the table is bound, and again with each invalidation of the PASID
 //! cache: of the whole endpoint, or one entry. Each entry is read once, judged as hardware does, and compared with what
-//! is bound; only what differs is bound anew. Absent directory entries cost one word, absent entries one word each.
+//! is bound; only what differs is bound anew. Absent directory entries cost one word, absent entries one word each, of
+//! as many tables as [`MediationLimits`] let be read.
 //!
 //! - To bind a table is all or nothing. A reading that fails part-way leaves each PASID as it was or as the table has
 //!   it now.
 //! - An entry that is not legal, or whose page table is not in memory, leaves its PASID bound to nothing. A machine
 //!   that reports such accesses makes them faults of the reason that the live entry gives.
+//! - FPD is heeded as the live table has it, since the machine does not see it.
 //! - Pass-through entries are bound to bypass; where the machine has none for PASIDs, to nothing.
 //! - The entry of untagged requests (RID_PASID) serves these, and the PASID of its number too.
 //! - No PASID is bound on its own beside a table.
 //!
 //! # Not here
-//! ATS for page tables on an SMMUv3 (the descriptor of ATTACH_TABLE cannot ask for it), and endpoints that come and go:
-//! they are those of the host when it is wrapped.
+//! - ATS for page tables on an SMMUv3: the descriptor of ATTACH_TABLE cannot ask for it.
+//! - Endpoints that come and go: they are those of the host when it is wrapped.
+//! - A pass-through entry for untagged requests over a host whose bypass serves PASIDs as well. The software host's does
+//!   (it takes PASID tables itself, and needs no mediation): PASIDs without an entry are then bypassed instead of
+//!   faulting. Linux's does not.
+//! - A PASID 0 apart from untagged requests where RID_PASID is another: without an entry of its own, what is tagged
+//!   with 0 goes where untagged requests go.
 
 mod bind;
 mod descriptors;
 mod entries;
+mod faults;
 mod host;
 mod invalidate;
 mod limits;
-mod requests;
+mod read_only;
+mod reading;
+#[cfg(test)]
+mod tests;
 mod window;
 
 pub use limits::MediationLimits;
+pub use read_only::ReadOnlyWindow;
 pub use window::Window;
 
 use alloc::collections::{BTreeMap, BTreeSet};
@@ -76,13 +88,12 @@ use alloc::vec::Vec;
 
 use pgtable_formats::Pasid;
 use pgtable_formats::context::{Canonical, smmuv3, vtd};
-use viommu_wire::EndpointId;
+use viommu_wire::{Caches, EndpointId};
 
-use crate::host::{EndpointCaps, Host, Invalidation, Stream, TableCaps, TableKinds};
+use crate::host::{EndpointCaps, Host, Invalidation, Scope, Stream, TableCaps, TableKinds};
 use crate::soft::Stage2;
 use descriptors::Descriptors;
-use entries::Entries;
-use requests::Requests;
+use entries::{Entries, Lost};
 use window::Room;
 
 /// A host that offers both kinds of tables, over one that may take one. `M` is the guest's memory, the window included.
@@ -98,7 +109,6 @@ pub struct Mediated<H: Host, M> {
     limits: MediationLimits,
     /// Entries of PASID tables that are bound.
     entries: usize,
-    requests: Requests,
     /// Invalidations of one call, with the place in it that each is of; empty in between, kept for their memory.
     batch: Vec<(usize, Invalidation)>,
     sent: Vec<Invalidation>,
@@ -162,6 +172,8 @@ enum Way<S> {
         bound: Option<Entries<S>>,
         /// PASIDs that are bound on their own.
         own: BTreeSet<Pasid>,
+        /// What is to be taken from the machine before anything else is bound.
+        lost: Vec<Lost<S>>,
     },
 }
 
@@ -196,7 +208,6 @@ impl<H: Host, M: Stage2> Mediated<H, M> {
             room: window.map(Room::new),
             limits,
             entries: 0,
-            requests: Requests::default(),
             batch: Vec::new(),
             sent: Vec::new(),
         })
@@ -249,7 +260,9 @@ impl<H: Host, M: Stage2> Mediated<H, M> {
                 Some(Way::Descriptors(_, Some(made))) => {
                     made.pasids().map(|pasid| Some(pasid).filter(|pasid| *pasid != Pasid::ZERO)).collect()
                 }
-                Some(Way::Entries { bound: Some(_), .. }) => alloc::vec![None],
+                Some(Way::Entries { bound, lost, .. }) if bound.is_some() || !lost.is_empty() => {
+                    alloc::vec![None]
+                }
                 _ => Vec::new(),
             };
             for pasid in streams {
@@ -281,12 +294,17 @@ impl<S> Port<S> {
             }
             (Some(TableCaps::Vtd(_)), _) if caps.kinds == TableKinds::PAGE_TABLE => {
                 (caps.native, caps.kinds) = (caps.kinds, all);
-                Way::Entries { bound: None, own: BTreeSet::new() }
+                Way::Entries { bound: None, own: BTreeSet::new(), lost: Vec::new() }
             }
             _ => Way::None,
         };
         Some(Self { caps, way, is_untagged: false })
     }
+}
+
+/// All that was cached.
+const fn everything(endpoint: EndpointId, scope: Scope) -> Invalidation {
+    Invalidation { endpoint, scope, caches: Caches::all(), leaf: false, tag: None, global: true }
 }
 
 /// Which kind a table is of.

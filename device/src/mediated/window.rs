@@ -9,7 +9,7 @@ use viommu_wire::{ReservedKind, ReservedRegion};
 ///
 /// The machine reads it at these addresses, as it reads the guest's memory; the VMM can write it. It should grant the
 /// machine no write access (second stage read-only): then not even a guest that ignores the reserved region can change
-/// these tables by DMA.
+/// these tables by DMA. For a machine without an SMMUv3 there is no need of a window.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Window {
     range: IovaRange,
