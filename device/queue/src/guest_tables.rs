@@ -1,12 +1,14 @@
 //! Guest memory as the walkers of translation tables see it.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
 
 use pgtable_formats::{Gpa, NotMemory, TableMem};
 use viommu_device::soft::Stage2;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MmapRegion, VolatileMemory};
+#[cfg(feature = "loopback")]
+use vm_memory::{VolatileSlice, bitmap::BS};
 
 /// Translation tables in the memory of a guest.
 ///
@@ -38,6 +40,9 @@ pub struct GuestTables<B = ()> {
     hint: AtomicUsize,
 }
 
+/// Words that are loaded between two checks of bounds.
+const BLOCK: usize = 16;
+
 #[derive(Debug)]
 struct Region<B> {
     start: u64,
@@ -50,6 +55,14 @@ impl<B: Bitmap + 'static> GuestTables<B> {
         let regions =
             memory.iter().map(|region| Region { start: region.start_addr().0, mapping: region.get_mmap() });
         Self { regions: regions.collect(), hint: AtomicUsize::new(0) }
+    }
+
+    /// The `length` bytes from `at`, where they lie in one region: for a driver in the same process.
+    #[cfg(feature = "loopback")]
+    #[inline]
+    pub(crate) fn slice(&self, at: Gpa, length: usize) -> Option<VolatileSlice<'_, BS<'_, B>>> {
+        let (region, offset) = self.find(at).ok()?;
+        region.mapping.get_slice(offset, length).ok()
     }
 
     /// The region of `at`, and where in it.
@@ -78,6 +91,42 @@ impl<B: Bitmap + 'static> Region<B> {
     fn offset(&self, at: Gpa) -> Option<usize> {
         let offset = usize::try_from(at.0.wrapping_sub(self.start)).ok()?;
         (offset < self.mapping.size()).then_some(offset)
+    }
+
+    /// Loads words from `offset` on, until one does not lie in the region. How many there were.
+    #[inline]
+    fn load_run(&self, offset: usize, stride: u64, words: &mut [u64]) -> usize {
+        let Ok(stride) = usize::try_from(stride) else { return 0 };
+        let mut loaded = match stride {
+            8 => self.load_blocks::<8>(offset, words),
+            64 => self.load_blocks::<64>(offset, words),
+            _ => 0,
+        };
+        for word in words.iter_mut().skip(loaded) {
+            let at = loaded.checked_mul(stride).and_then(|forward| offset.checked_add(forward));
+            let Some(Ok(place)) = at.map(|at| self.mapping.get_atomic_ref::<AtomicU64>(at)) else { break };
+            *word = u64::from_le(place.load(Ordering::Relaxed));
+            loaded += 1;
+        }
+        // As after each load of its own: what the words point to is read as it was then, or later.
+        fence(Ordering::Acquire);
+        loaded
+    }
+
+    /// As many whole blocks of words as lie in the region. With all sizes known their bounds are checked once.
+    #[inline]
+    fn load_blocks<const STRIDE: usize>(&self, offset: usize, words: &mut [u64]) -> usize {
+        let (mut at, mut loaded) = (offset, 0);
+        for block in words.as_chunks_mut::<BLOCK>().0 {
+            let Ok(memory) = self.mapping.get_slice(at, BLOCK * STRIDE) else { break };
+            for (index, word) in block.iter_mut().enumerate() {
+                let Ok(place) = memory.get_atomic_ref::<AtomicU64>(index * STRIDE) else { return loaded };
+                *word = u64::from_le(place.load(Ordering::Relaxed));
+            }
+            loaded += BLOCK;
+            at = at.saturating_add(BLOCK * STRIDE);
+        }
+        loaded
     }
 }
 
@@ -109,6 +158,20 @@ impl<B: Bitmap + 'static> TableMem for GuestTables<B> {
             region.mapping.bitmap().mark_dirty(offset, size_of::<u64>());
         }
         Ok(seen.map(u64::from_le).map_err(u64::from_le))
+    }
+
+    fn load_run(&self, at: Gpa, stride: u64, words: &mut [u64]) -> usize {
+        let (mut next, mut loaded) = (Some(at), 0);
+        while let (Some(at), Some(left)) = (next, words.get_mut(loaded..).filter(|left| !left.is_empty())) {
+            let Ok((region, offset)) = self.find(at) else { break };
+            let count = region.load_run(offset, stride, left);
+            if count == 0 {
+                break;
+            }
+            loaded += count;
+            next = stride.checked_mul(count as u64).and_then(|offset| at.checked_add(offset));
+        }
+        loaded
     }
 }
 

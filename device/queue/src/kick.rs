@@ -1,12 +1,11 @@
 //! Taking what is in a ring, for both queues.
 
-use virtio_queue::{Queue, QueueT};
-use vm_memory::{GuestAddress, GuestMemoryBackend};
+use virtio_queue::Queue;
+use vm_memory::GuestMemoryBackend;
 
 use crate::chain::ChainBuffers;
-use crate::error::{ChainError, QueueError, RingPart};
+use crate::error::{ChainError, QueueError};
 use crate::ring::Ring;
-use crate::view::MemoryView;
 
 /// How often the available index is read again before a kick ends: a guest that keeps adding must not keep the
 /// device's thread. One pass takes at most as many chains as the queue has entries.
@@ -48,10 +47,7 @@ pub(crate) fn run<M: GuestMemoryBackend>(
     memory: &M,
     mut answer: impl FnMut(&[u8], &mut [u8]) -> Answer,
 ) -> Result<Kick, QueueError> {
-    let address = queue.desc_table();
-    let mut ring = Ring::open(queue, memory)?;
-    let mut view = MemoryView::new(memory, GuestAddress(address))
-        .ok_or(QueueError::BadRing { part: RingPart::Descriptors, address })?;
+    let (mut ring, mut view) = Ring::open(queue, memory)?;
     let mut kick = Kick::default();
     let mut pending = ring.pending()?;
     for _ in 0..MAX_PASSES {

@@ -78,7 +78,7 @@ pub use error::{ChainError, QueueError, RingPart};
 pub use event_queue::{EVENT_LIMIT, EventQueue};
 pub use guest_tables::GuestTables;
 pub use kick::{Kick, MAX_PASSES};
-pub use paged::{DmaError, PagedIommu};
+pub use paged::{Attempt, DmaError, Observe, PagedIommu};
 pub use request_queue::{READABLE_LIMIT, RequestQueue};
 pub use translated::{Exclusive, GIVE_WAY, MAX_ACCESS, Pinned, SharedIommu, StreamIommu, Translate};
 pub use virtio_iommu::{DEVICE_ID, EVENT_QUEUE, Notify, REQUEST_QUEUE, VirtioIommu};

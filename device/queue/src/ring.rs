@@ -10,7 +10,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileMemory};
 
 use crate::error::{QueueError, RingPart};
-use crate::view::HostSlice;
+use crate::view::{HostSlice, MemoryView};
 
 /// Bytes of a descriptor.
 pub(crate) const DESCRIPTOR_BYTES: usize = 16;
@@ -38,24 +38,25 @@ pub(crate) struct Ring<'q, 'm, M: GuestMemoryBackend> {
 }
 
 impl<'q, 'm, M: GuestMemoryBackend> Ring<'q, 'm, M> {
-    /// This checks all that [`QueueT::is_valid`] does.
-    pub(crate) fn open(queue: &'q mut Queue, memory: &'m M) -> Result<Self, QueueError> {
+    /// The rings of `queue`, and a view that knows the region that they lie in. This checks all that
+    /// [`QueueT::is_valid`] does.
+    pub(crate) fn open(queue: &'q mut Queue, memory: &'m M) -> Result<(Self, MemoryView<'m, M>), QueueError> {
         if !queue.ready() {
             return Err(QueueError::NotReady);
         }
         let size = usize::from(queue.size());
-        let part = |part: RingPart, address: u64, entry: usize, around: usize, align: u64| {
-            let slice = memory.get_slice(GuestAddress(address), around + entry * size);
-            match slice {
-                Ok(slice) if address.is_multiple_of(align) => Ok(slice),
-                _ => Err(QueueError::BadRing { part, address }),
-            }
+        let address = queue.desc_table();
+        let mut view = MemoryView::new(memory, GuestAddress(address))
+            .ok_or(QueueError::BadRing { part: RingPart::Descriptors, address })?;
+        let mut part = |part: RingPart, address: u64, entry: usize, around: usize, align: u64| {
+            let slice = view.contiguous(address, around + entry * size);
+            slice.filter(|_| address.is_multiple_of(align)).ok_or(QueueError::BadRing { part, address })
         };
         // Both rings end in a 16-bit event index.
         let descriptors = part(RingPart::Descriptors, queue.desc_table(), DESCRIPTOR_BYTES, 0, 16)?;
         let available = part(RingPart::Available, queue.avail_ring(), AVAILABLE_ENTRY, ENTRIES + 2, 2)?;
         let used = part(RingPart::Used, queue.used_ring(), USED_ENTRY, ENTRIES + 2, 4)?;
-        Ok(Self {
+        let ring = Self {
             size: queue.size(),
             event_idx: queue.event_idx_enabled(),
             next_avail: queue.next_avail(),
@@ -65,7 +66,8 @@ impl<'q, 'm, M: GuestMemoryBackend> Ring<'q, 'm, M> {
             descriptors,
             available,
             used,
-        })
+        };
+        Ok((ring, view))
     }
 
     /// Entries of the queue.

@@ -2,15 +2,15 @@
 
 use std::sync::Arc;
 
-use viommu_device::host::Host;
-use viommu_device::wire::{Tail, numbers};
+use viommu_device::host::{Host, Stream};
+use viommu_device::wire::{self, PageRequest, Tail, numbers};
 use viommu_device::{Device, FeatureError, Features, Handled, Status};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestMemoryBackend;
 
 use crate::error::QueueError;
 use crate::event_queue::EventQueue;
-use crate::record::{Event, Recorder};
+use crate::record::{Event, PageAsked, Recorder};
 use crate::request_queue::RequestQueue;
 
 /// A virtio-iommu behind a transport (PCI or MMIO, the VMM's own).
@@ -107,8 +107,8 @@ impl<H: Host> VirtioIommu<H> {
         }
     }
 
-    /// Tells `recorder` of all requests, kicks and resets from now on; `None`: nobody, which is so at first. For accesses,
-    /// see [`RecordedIommu`](crate::record::RecordedIommu).
+    /// Tells `recorder` of all requests, kicks, page requests and resets from now on; `None`: nobody, which is so at first.
+    /// For accesses, see [`RecordedIommu`](crate::record::RecordedIommu) and [`Recording`](crate::record::Recording).
     pub fn set_recorder(&mut self, recorder: Option<Arc<dyn Recorder>>) {
         self.recorder = recorder;
     }
@@ -149,7 +149,14 @@ impl<H: Host> VirtioIommu<H> {
     /// Where the event queue is unusable; events are kept.
     pub fn kick_events<M: GuestMemoryBackend>(&mut self, memory: &M) -> Result<Notify, QueueError> {
         let device = &mut self.device;
-        let kick = self.events.kick(memory, |buffer| device.fill_event(buffer))?;
+        let kick = match self.recorder.as_deref() {
+            None => self.events.kick(memory, |buffer| device.fill_event(buffer))?,
+            Some(recorder) => self.events.kick(memory, |buffer| {
+                let written = device.fill_event(buffer);
+                record_page_request(recorder, buffer.get(..written?).unwrap_or_default());
+                written
+            })?,
+        };
         Ok(Notify { requests: false, events: kick.notify, again: kick.again, served: kick.served })
     }
 
@@ -195,6 +202,16 @@ fn answer<H: Host>(device: &mut Device<H>, readable: &[u8], writable: &mut [u8])
         }
     }
     handled
+}
+
+/// The event that the driver is told, where it is a page request.
+#[cold]
+fn record_page_request(recorder: &dyn Recorder, event: &[u8]) {
+    if let Some(wire::Event::PageRequest(request)) = wire::Event::decode(event) {
+        let PageRequest { endpoint, pasid, address, access, group_id: group, last, .. } = request;
+        let stream = Stream { endpoint, pasid };
+        recorder.record(Event::PageRequest(PageAsked { stream, address, access, group, last }));
+    }
 }
 
 /// What the driver is told.

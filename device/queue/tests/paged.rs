@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
-use std::sync::mpsc;
+use std::sync::{Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use pgtable_formats::context::{Canonical, vtd};
@@ -12,9 +12,9 @@ use viommu_device::EndpointId;
 use viommu_device::host::{
     EndpointCaps, FaultCause, GroupResponse, Host, PageRequestReport, SpaceSpec, Stream, TableCaps,
 };
-use viommu_device::soft::{Answer, SoftHost, Space};
+use viommu_device::soft::{AccessError, Answer, SoftHost, Space, Ticket};
 use viommu_device::wire::{AccessFlags, PageResponseCode};
-use viommu_queue::{DmaError, GuestTables, MAX_ACCESS, SharedIommu};
+use viommu_queue::{Attempt, DmaError, GuestTables, MAX_ACCESS, Observe, SharedIommu};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, IommuMemory, Permissions};
 
 use PageResponseCode::{Invalid, Success};
@@ -34,7 +34,7 @@ struct World {
     iommu: SharedIommu<SoftHost<GuestTables>>,
     /// Somebody waits, or has faulted.
     bell: mpsc::Receiver<()>,
-    _spaces: Vec<Space>,
+    spaces: Vec<Space>,
 }
 
 const fn stream(endpoint: EndpointId) -> Stream {
@@ -63,7 +63,7 @@ impl World {
         }
         let (rope, bell) = mpsc::channel();
         let iommu = SharedIommu::with_fault_notice(host, move || _ = rope.send(()));
-        Self { memory, iommu, bell, _spaces: spaces }
+        Self { memory, iommu, bell, spaces }
     }
 
     fn map(&self, page: u64) {
@@ -93,17 +93,49 @@ fn the_polling_form_moves_all_or_nothing() {
     assert_eq!(world.memory.read_obj::<u64>(GuestAddress(FRAMES + 0xff0)).unwrap(), 0, "nothing yet");
     assert_eq!(world.bell.try_recv(), Ok(()));
     assert_eq!(dma.answer(ticket), None);
+    assert_eq!(dma.retry_write(ticket, &world.memory, at, &bytes), Err(DmaError::Waits(ticket)));
     let asked = world.asked().unwrap();
     assert_eq!((asked.address.0, asked.access), (0x1000, AccessFlags::WRITE));
     world.map(1);
     world.answer(&asked, Success);
     assert_eq!(dma.answer(ticket), Some(Answer::Retry));
-    assert_eq!(dma.try_write(&world.memory, at, &bytes), Ok(()));
+    assert_eq!(dma.retry_write(ticket, &world.memory, at, &bytes), Ok(()));
     let mut seen = [0; 32];
     assert_eq!(dma.try_read(&world.memory, at, &mut seen), Ok(()));
     assert_eq!(seen[..], bytes);
     world.memory.read_slice(&mut seen, GuestAddress(FRAMES + 0xff0)).unwrap();
     assert_eq!(seen[..], bytes);
+}
+
+/// Found by review: such an access was translated in the address space that had replaced its own.
+#[test]
+fn an_access_that_was_told_to_try_again_fails_where_its_table_is_gone() {
+    for is_rebound in [true, false] {
+        let mut world = World::new();
+        let dma = world.iommu.stream(stream(ENDPOINTS[0])).paged(Duration::ZERO);
+        let at = GuestAddress(0x1000);
+        let Err(DmaError::Waits(ticket)) = dma.try_write(&world.memory, at, &[1; 8]) else { panic!() };
+        let asked = world.asked().unwrap();
+        world.map(1);
+        world.answer(&asked, Success);
+        assert_eq!(dma.answer(ticket), Some(Answer::Retry));
+        {
+            let mut host = world.iommu.lock();
+            host.bind(stream(ENDPOINTS[0]), None).unwrap();
+            if is_rebound {
+                host.bind(stream(ENDPOINTS[0]), Some(&mut world.spaces[0])).unwrap();
+            }
+        }
+        assert_eq!(world.bell.try_iter().count(), 1);
+        assert_eq!(dma.retry_write(ticket, &world.memory, at, &[1; 8]), Err(DmaError::Refused));
+        assert_eq!(dma.retry_read(ticket, &world.memory, at, &mut [0; 8]), Err(DmaError::Refused));
+        let translated = dma.retry_translate(ticket, at, 8, Permissions::ReadWrite).map(drop);
+        assert_eq!(translated, Err(DmaError::Refused));
+        assert_eq!(world.memory.read_obj::<u64>(GuestAddress(FRAMES + 0x1000)).unwrap(), 0);
+        // It was no fault, and there is nothing to tell the guest.
+        assert_eq!((world.bell.try_iter().count(), world.iommu.lock().next_fault()), (0, None));
+        assert_eq!(dma.try_write(&world.memory, at, &[1; 8]).is_ok(), is_rebound);
+    }
 }
 
 #[test]
@@ -203,4 +235,43 @@ fn patience_ends_although_the_guest_always_says_success() {
         is_over.store(true, SeqCst);
         assert_eq!(waited, Err(DmaError::TimedOut));
     });
+}
+
+/// Whether an access waits, as an observer has it; the guest answers, and patience ends before the next try.
+#[derive(Debug, Default)]
+struct Slow {
+    waits: Mutex<Option<Ticket>>,
+}
+
+impl Observe for Slow {
+    fn tried(&self, _: &Attempt, outcome: Result<(), AccessError>) {
+        let Err(AccessError::Waits(ticket)) = outcome else { return };
+        assert_eq!(self.waits.lock().unwrap().replace(ticket), None);
+    }
+
+    fn waited(&self, _: Stream, ticket: Ticket, answer: Option<Answer>) {
+        assert_eq!(self.waits.lock().unwrap().take(), Some(ticket), "each wait has one end");
+        if answer == Some(Answer::Retry) {
+            std::thread::sleep(PATIENCE);
+        }
+    }
+}
+
+const PATIENCE: Duration = Duration::from_millis(300);
+
+/// Found by review: the wait for the second page had no end.
+#[test]
+fn an_observer_is_told_when_patience_ends_between_two_pages() {
+    let world = World::new();
+    let dma = world.iommu.stream(stream(ENDPOINTS[0])).paged(PATIENCE).observed(Slow::default());
+    std::thread::scope(|scope| {
+        let wait = || dma.translate_waiting(GuestAddress(0), 0x2000, Permissions::Write).map(drop);
+        let device = scope.spawn(wait);
+        world.bell.recv_timeout(LONG).unwrap();
+        world.map(0);
+        world.answer(&world.asked().unwrap(), Success);
+        assert_eq!(device.join().unwrap(), Err(DmaError::TimedOut));
+    });
+    assert_eq!(world.asked().unwrap().address.0, 0x1000, "it has tried again");
+    assert!(format!("{dma:?}").contains("Slow { waits: Mutex { data: None"), "{dma:?}");
 }

@@ -7,21 +7,29 @@ mod driver;
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use driver::{BASE, BUFFERS, Driver, WRITE, memory};
 use pgtable_formats::Pasid;
-use viommu_device::host::{EndpointCaps, Stream};
+use pgtable_formats::context::vtd;
+use viommu_device::host::{EndpointCaps, Stream, TableCaps};
 use viommu_device::soft::SoftHost;
-use viommu_device::wire::{AccessFlags, Attach, AttachFlags, DomainId, Map, MapFlags, Request};
+use viommu_device::wire::{
+    AccessFlags, Attach, AttachFlags, AttachTable, DomainId, Map, MapFlags, PageResponse, PageResponseCode,
+    Request, TableDescriptor, VtdPageTable,
+};
 use viommu_device::{Device, DeviceConfig, EndpointId, Gpa, Iova, Status};
 use viommu_queue::record::{
-    Accessed, Clock, Event, MAX_REQUEST, Outcome, Recorder, Tape, TraceError, TraceReader,
+    Accessed, Clock, Event, MAX_REQUEST, Outcome, PageAsked, Recorder, Tape, TraceError, TraceReader,
+    WaitEnd, Waited,
 };
-use viommu_queue::{GuestTables, REQUEST_QUEUE, SharedIommu, VirtioIommu};
-use vm_memory::{Bytes, GuestAddress, GuestMemory, IommuMemory, Permissions};
+use viommu_queue::{DmaError, EVENT_QUEUE, GuestTables, REQUEST_QUEUE, SharedIommu, VirtioIommu};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, Iommu as _, IommuMemory, Permissions};
 
 const ENDPOINT: EndpointId = EndpointId(8);
 const DATA: u64 = BASE + 0x8_0000;
+/// Present, writable, for users, accessed, dirty.
+const X86: u64 = 0x67;
 
 /// Keeps what it is told, as text.
 #[derive(Default)]
@@ -39,6 +47,10 @@ impl Recorder for Notes {
                 let pasid = stream.pasid.map_or(-1, |pasid| i64::from(pasid.value()));
                 format!("access {} {pasid} {iova} {length} {:x} {outcome:?}", stream.endpoint, access.bits())
             }
+            Event::PageRequest(PageAsked { stream, address, access, group, last }) => {
+                format!("asked {} {address} {:x} group {group} {last}", stream.endpoint, access.bits())
+            }
+            Event::Waited(Waited { group, end, .. }) => format!("waited group {group} {end:?}"),
             Event::Reset => "reset".into(),
         };
         self.0.lock().unwrap().push(text);
@@ -137,7 +149,7 @@ fn access(iova: u64) -> Event<'static> {
 }
 
 /// One of each.
-fn events() -> [Event<'static>; 6] {
+fn events() -> [Event<'static>; 9] {
     [
         Event::Request { readable: &[1, 2, 3], status: Some(Status::NoMem) },
         Event::Request { readable: &[], status: None },
@@ -151,6 +163,21 @@ fn events() -> [Event<'static>; 6] {
         }),
         Event::Kick { served: u32::MAX, notify: true },
         Event::Reset,
+        Event::Access(Accessed {
+            stream: Stream { endpoint: ENDPOINT, pasid: Pasid::new(1) },
+            iova: Iova(0x1fff),
+            length: 2,
+            access: AccessFlags::READ | AccessFlags::WRITE,
+            outcome: Outcome::Waits { group: 0xabcd },
+        }),
+        Event::PageRequest(PageAsked {
+            stream: Stream { endpoint: ENDPOINT, pasid: Pasid::new(1) },
+            address: Iova(u64::MAX),
+            access: AccessFlags::WRITE,
+            group: 0xabcd,
+            last: true,
+        }),
+        Event::Waited(Waited { stream: Stream::untagged(ENDPOINT), group: 1, end: WaitEnd::TimedOut }),
     ]
 }
 
@@ -158,7 +185,7 @@ fn trace() -> Vec<u8> {
     let tape = Tape::new(Vec::new());
     events().into_iter().for_each(|event| tape.record(event));
     let written = tape.finish().unwrap();
-    assert_eq!((written.events, written.lost), (6, 0));
+    assert_eq!((written.events, written.lost), (9, 0));
     tape.record(Event::Reset);
     assert_eq!(tape.finish().unwrap(), written, "nothing comes behind the end");
     let bytes = tape.into_sink();
@@ -194,6 +221,101 @@ fn what_is_recorded_is_read() {
     assert_eq!(record[4..12], 2_u64.to_le_bytes());
     assert_eq!(record[12..20], [8, 0, 0, 0, 0xff, 0xff, 0x0f, 0]);
     assert_eq!(record[20..], [0xbc, 0x9a, 0x78, 0x56, 0x34, 0x12, 0, 0, 0, 0, 0, 0x40]);
+    // The last three, in front of the end: bodies of 22, 18 and 10 bytes.
+    let last = &bytes[bytes.len() - (12 + 8) - (12 + 22) - (12 + 18) - (12 + 10)..];
+    assert_eq!((&last[..4], &last[12 + 20..12 + 22]), (&[2, 22, 7, 0b11][..], &[0xcd, 0xab][..]));
+    let asked = &last[34..];
+    assert_eq!((&asked[..4], &asked[12..16]), (&[5, 18, 0, 0b10010][..], &[8, 0, 0, 0][..]));
+    assert_eq!(asked[12 + 8..30], [0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xcd, 0xab]);
+    let waited = &asked[30..];
+    assert_eq!((&waited[..4], &waited[12 + 4..22]), (&[6, 10, 2, 0][..], &[255, 255, 255, 255, 1, 0][..]));
+}
+
+/// Both forms of accesses that wait, and what the driver is told of them.
+#[test]
+fn accesses_that_wait_are_told_until_they_go_on() {
+    let memory = memory();
+    for at in [0x8_0000, 0x8_1000, 0x8_2000] {
+        memory.write_obj((BASE + at + 0x1000) | X86, GuestAddress(BASE + at)).unwrap();
+    }
+    let caps = vtd::Caps::from_registers(vtd::CapRegisters::SOFTWARE);
+    let mut host = SoftHost::new(GuestTables::new(&memory));
+    let tables = Some(TableCaps::Vtd(caps));
+    host.add_endpoint(ENDPOINT, EndpointCaps { tables, page_requests: true, ..EndpointCaps::default() })
+        .unwrap();
+    let iommu = VirtioIommu::new(Device::new(DeviceConfig::default(), host).unwrap(), 16).unwrap();
+    let shared = SharedIommu::new(iommu);
+    let notes = Arc::new(Notes::default());
+    let (mut requests, mut events) = (Driver::new(&memory, 16), Driver::second(&memory, 16));
+    let attach = TableDescriptor::VtdPageTable(VtdPageTable {
+        pgd: Gpa(DATA),
+        flags: 0,
+        addr_width: 48,
+        pasid: Pasid::new(5).unwrap(),
+    });
+    {
+        let mut iommu = shared.lock();
+        let offered = iommu.offered_features();
+        iommu.accept_features(offered).unwrap();
+        requests.enable(iommu.queue_mut(REQUEST_QUEUE).unwrap(), true);
+        events.enable(iommu.queue_mut(EVENT_QUEUE).unwrap(), true);
+    }
+    let mut send = |request: Request| {
+        let bytes = request.encode().to_vec();
+        requests.write(BUFFERS, &bytes);
+        requests.chain(0, &[(BUFFERS, bytes.len() as u32, 0), (BUFFERS + 0x80, 4, WRITE)]);
+        requests.offer(0);
+        let _ = shared.lock().kick_requests(&memory).unwrap();
+        requests.used();
+    };
+    let (domain, endpoint) = (DomainId(1), ENDPOINT);
+    send(Request::AttachTable(AttachTable { domain, endpoint, table: attach }));
+    shared.lock().set_recorder(Some(notes.clone()));
+
+    let stream = Stream { endpoint: ENDPOINT, pasid: Pasid::new(5) };
+    let paged = |patience| shared.stream(stream).paged(patience).recorded(Some(notes.clone()));
+    let dma = paged(Duration::ZERO);
+    let Err(DmaError::Waits(ticket)) = dma.try_write(&memory, GuestAddress(0x1010), &[1; 8]) else {
+        panic!("there is no page")
+    };
+    assert_eq!(dma.answer(ticket), None);
+    events.chain(0, &[(BUFFERS + 0x1000, 48, WRITE)]);
+    events.offer(0);
+    let _ = shared.lock().kick_events(&memory).unwrap();
+    memory.write_obj((BASE + 0x9_0000) | X86, GuestAddress(BASE + 0x8_3008)).unwrap();
+    let response = |code| PageResponse { endpoint, pasid: stream.pasid, group_id: 0, code };
+    send(Request::PageResponse(response(PageResponseCode::Success)));
+    dma.retry_write(ticket, &memory, GuestAddress(0x1010), &[1; 8]).unwrap();
+    let told = notes.take();
+    assert!(told[3].starts_with("kick 1 "), "{told:?}");
+    let expected = [
+        "access 8 5 0x1010 8 2 Waits { group: 0 }",
+        "asked 8 0x1010 2 group 0 true",
+        "PAGE_RESP OK",
+        "waited group 0 Retry",
+        "access 8 5 0x1010 8 2 Passed",
+    ];
+    assert_eq!([&told[..3], &told[4..]].concat(), expected);
+
+    // Who asks and then tries again has asked twice.
+    assert!(dma.answer(ticket).is_some());
+    assert!(dma.retry_read(ticket, &memory, GuestAddress(0x1010), &mut [0]).is_ok());
+    let expected = ["waited group 0 Retry", "waited group 0 Retry", "access 8 5 0x1010 1 1 Passed"];
+    assert_eq!(notes.take(), expected);
+
+    // One that sleeps, and loses its patience at once.
+    assert!(paged(Duration::ZERO).translate(GuestAddress(0x5000), 4, Permissions::ReadWrite).is_err());
+    let expected = ["access 8 5 0x5000 4 3 Waits { group: 1 }", "waited group 1 TimedOut"];
+    assert_eq!(notes.take(), expected);
+    // Nobody is told of the others.
+    shared.lock().set_recorder(None);
+    let mut silent = shared.stream(stream).paged(Duration::ZERO).recorded(None);
+    assert!(silent.try_write(&memory, GuestAddress(0x6000), &[1]).is_err());
+    assert_eq!((notes.take(), format!("{silent:?}").contains("Recording(false)")), (vec![], true));
+    // Until somebody asks.
+    silent.set_recorder(Some(notes.clone()));
+    assert!(silent.try_write(&memory, GuestAddress(0x6000), &[1]).is_err());
+    assert_eq!(notes.take(), ["access 8 5 0x6000 1 2 Waits { group: 2 }"]);
 }
 
 #[test]
@@ -268,8 +390,8 @@ fn a_trace_that_was_cut_says_where() {
 fn nonsense_is_refused() {
     assert!(matches!(read(b"#!/bin/sh\nexit 0\n# something").1, Err(TraceError::NoTrace)));
     let mut later = trace();
-    later[8] = 2;
-    assert!(matches!(read(&later).1, Err(TraceError::Version { version: 2 })));
+    later[8] = 3;
+    assert!(matches!(read(&later).1, Err(TraceError::Version { version: 3 })));
     // Bytes that a record must not have: kind, length, result, flags, time, a PASID of 21 bits, length 0.
     let third = 16 + 15 + 12;
     for (at, value) in
@@ -292,7 +414,7 @@ fn nonsense_is_refused() {
             let mut bytes = whole.clone();
             bytes[at] ^= 1 << bit;
             let (events, _) = read(&bytes);
-            assert!(events.len() <= 6);
+            assert!(events.len() <= 9);
         }
     }
 }

@@ -5,11 +5,11 @@ use viommu_device::host::Stream;
 use viommu_device::wire::{AccessFlags, Request};
 use viommu_device::{EndpointId, Iova, Status};
 
-use super::{Accessed, Event, Outcome};
+use super::{Accessed, Event, Outcome, PageAsked, WaitEnd, Waited};
 use crate::translated::MAX_ACCESS;
 
 /// The version of the format.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// Bytes of a request that are recorded: the longest has so many.
 pub const MAX_REQUEST: usize = Request::MAX_READABLE_LEN;
@@ -26,12 +26,16 @@ const REQUEST: u8 = 1;
 const ACCESS: u8 = 2;
 const KICK: u8 = 3;
 const RESET: u8 = 4;
+const PAGE_REQUEST: u8 = 5;
+const WAITED: u8 = 6;
 const LOST: u8 = 254;
 const END: u8 = 255;
 
 const UNWRITTEN: u8 = 0xff;
 const UNTAGGED: u32 = u32::MAX;
 const NOTIFIED: u8 = 1;
+/// As in the flags of events.
+const LAST: u8 = 1 << 4;
 
 /// What the times of a trace are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,13 +96,33 @@ impl Record<'_> {
                 append(to, REQUEST, status.map_or(UNWRITTEN, Status::number), 0, time, body);
             }
             Record::Event(Event::Access(Accessed { stream, iova, length, access, outcome })) => {
-                let mut body = [0; 20];
-                put(&mut body, 0, &stream.endpoint.0.to_le_bytes());
-                put(&mut body, 4, &stream.pasid.map_or(UNTAGGED, Pasid::value).to_le_bytes());
+                let mut body = [0; 22];
+                put_stream(&mut body, stream);
                 put(&mut body, 8, &iova.0.to_le_bytes());
                 put(&mut body, 16, &length.to_le_bytes());
                 let [flags, ..] = access.bits().to_le_bytes();
-                append(to, ACCESS, outcome as u8, flags, time, &body);
+                let length = match outcome {
+                    Outcome::Waits { group } => {
+                        put(&mut body, 20, &group.to_le_bytes());
+                        body.len()
+                    }
+                    _ => 20,
+                };
+                append(to, ACCESS, outcome.number(), flags, time, body.get(..length).unwrap_or(&body));
+            }
+            Record::Event(Event::PageRequest(PageAsked { stream, address, access, group, last })) => {
+                let mut body = [0; 18];
+                put_stream(&mut body, stream);
+                put(&mut body, 8, &address.0.to_le_bytes());
+                put(&mut body, 16, &group.to_le_bytes());
+                let [flags, ..] = access.bits().to_le_bytes();
+                append(to, PAGE_REQUEST, 0, flags | if last { LAST } else { 0 }, time, &body);
+            }
+            Record::Event(Event::Waited(Waited { stream, group, end })) => {
+                let mut body = [0; 10];
+                put_stream(&mut body, stream);
+                put(&mut body, 8, &group.to_le_bytes());
+                append(to, WAITED, end as u8, 0, time, &body);
             }
             Record::Event(Event::Kick { served, notify }) => {
                 append(to, KICK, 0, if notify { NOTIFIED } else { 0 }, time, &served.to_le_bytes());
@@ -143,6 +167,10 @@ impl Head {
                 let served = u32::from_le_bytes(body.try_into().ok()?);
                 Some(Record::Event(Event::Kick { served, notify: flags == NOTIFIED }))
             }
+            PAGE_REQUEST if result == 0 => {
+                page_request(flags, body).map(|asked| Record::Event(Event::PageRequest(asked)))
+            }
+            WAITED if flags == 0 => waited(result, body).map(|waited| Record::Event(Event::Waited(waited))),
             RESET if plain && body.is_empty() => Some(Record::Event(Event::Reset)),
             LOST if plain => Some(Record::Lost(u64::from_le_bytes(body.try_into().ok()?))),
             END if plain => Some(Record::End(u64::from_le_bytes(body.try_into().ok()?))),
@@ -152,23 +180,82 @@ impl Head {
 }
 
 fn access(result: u8, flags: u8, body: &[u8]) -> Option<Accessed> {
-    let body: [u8; 20] = body.try_into().ok()?;
-    let word = |at: usize| body.get(at..at + 4)?.try_into().ok().map(u32::from_le_bytes);
-    let pasid = match word(4)? {
-        UNTAGGED => None,
-        value => Some(Pasid::new(value)?),
-    };
-    let iova = u64::from(word(8)?) | u64::from(word(12)?) << 32;
-    let length = word(16)?;
+    let outcome = Outcome::parse(result, body.get(20..)?)?;
+    let iova = le64(body, 8)?;
+    let length = le32(body, 16)?;
     let fits = length != 0 && length as usize <= MAX_ACCESS && iova.checked_add(length.into()).is_some();
     fits.then_some(())?;
     Some(Accessed {
-        stream: Stream { endpoint: EndpointId(word(0)?), pasid },
+        stream: stream(body)?,
         iova: Iova(iova),
         length,
         access: AccessFlags::from_bits(flags.into())?,
-        outcome: *Outcome::ALL.get(usize::from(result))?,
+        outcome,
     })
+}
+
+fn page_request(flags: u8, body: &[u8]) -> Option<PageAsked> {
+    let group = u16::from_le_bytes(body.get(16..)?.try_into().ok()?);
+    let access = AccessFlags::from_bits((flags & !LAST).into())?;
+    let address = Iova(le64(body, 8)?);
+    Some(PageAsked { stream: stream(body)?, address, access, group, last: flags & LAST != 0 })
+}
+
+fn waited(result: u8, body: &[u8]) -> Option<Waited> {
+    let group = u16::from_le_bytes(body.get(8..)?.try_into().ok()?);
+    Some(Waited { stream: stream(body)?, group, end: *WaitEnd::ALL.get(usize::from(result))? })
+}
+
+impl Outcome {
+    const fn number(self) -> u8 {
+        match self {
+            Self::Passed => 0,
+            Self::Unattached => 1,
+            Self::Unmapped => 2,
+            Self::Permission => 3,
+            Self::Configuration => 4,
+            Self::TableAccess => 5,
+            Self::Malformed => 6,
+            Self::Waits { .. } => 7,
+        }
+    }
+
+    /// `rest`: what is behind the length of the access.
+    fn parse(number: u8, rest: &[u8]) -> Option<Self> {
+        Some(match (number, rest) {
+            (0, []) => Self::Passed,
+            (1, []) => Self::Unattached,
+            (2, []) => Self::Unmapped,
+            (3, []) => Self::Permission,
+            (4, []) => Self::Configuration,
+            (5, []) => Self::TableAccess,
+            (6, []) => Self::Malformed,
+            (7, &[low, high]) => Self::Waits { group: u16::from_le_bytes([low, high]) },
+            _ => return None,
+        })
+    }
+}
+
+/// Endpoint and PASID, the first 8 bytes of a body.
+fn stream(body: &[u8]) -> Option<Stream> {
+    let pasid = match le32(body, 4)? {
+        UNTAGGED => None,
+        value => Some(Pasid::new(value)?),
+    };
+    Some(Stream { endpoint: EndpointId(le32(body, 0)?), pasid })
+}
+
+fn put_stream(to: &mut [u8], stream: Stream) {
+    put(to, 0, &stream.endpoint.0.to_le_bytes());
+    put(to, 4, &stream.pasid.map_or(UNTAGGED, Pasid::value).to_le_bytes());
+}
+
+fn le32(body: &[u8], at: usize) -> Option<u32> {
+    body.get(at..at + 4)?.try_into().ok().map(u32::from_le_bytes)
+}
+
+fn le64(body: &[u8], at: usize) -> Option<u64> {
+    body.get(at..at + 8)?.try_into().ok().map(u64::from_le_bytes)
 }
 
 fn append(to: &mut Vec<u8>, kind: u8, result: u8, flags: u8, time: u64, body: &[u8]) {

@@ -51,13 +51,6 @@ impl<T: Translate + Send> Iommu for RecordedIommu<T> {
     ) -> Result<IotlbIterator<Pinned<'_, T>>, Error> {
         let Some(recorder) = &self.recorder else { return self.iommu.translate(iova, length, access) };
         self.iommu.translate_observed(iova, length, access, |result| {
-            let mut flags = match access {
-                Permissions::No => AccessFlags::empty(),
-                Permissions::Read => AccessFlags::READ,
-                Permissions::Write => AccessFlags::WRITE,
-                Permissions::ReadWrite => AccessFlags::READ | AccessFlags::WRITE,
-            };
-            flags.set(AccessFlags::PRIVILEGED, self.iommu.is_privileged());
             // Longer ones are refused before.
             let length = u32::try_from(length).unwrap_or(u32::MAX);
             let result: Result<(), FaultCause> = result;
@@ -65,7 +58,7 @@ impl<T: Translate + Send> Iommu for RecordedIommu<T> {
                 stream: self.iommu.stream(),
                 iova: Iova(iova.0),
                 length,
-                access: flags,
+                access: flags(access, self.iommu.is_privileged()),
                 outcome: Outcome::from(result),
             }));
         })
@@ -85,4 +78,16 @@ impl<T> fmt::Debug for RecordedIommu<T> {
             .field("recording", &self.recorder.is_some())
             .finish()
     }
+}
+
+/// What an access does, as it is recorded.
+pub(super) fn flags(access: Permissions, privileged: bool) -> AccessFlags {
+    let mut flags = match access {
+        Permissions::No => AccessFlags::empty(),
+        Permissions::Read => AccessFlags::READ,
+        Permissions::Write => AccessFlags::WRITE,
+        Permissions::ReadWrite => AccessFlags::READ | AccessFlags::WRITE,
+    };
+    flags.set(AccessFlags::PRIVILEGED, privileged);
+    flags
 }
