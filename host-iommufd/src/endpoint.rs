@@ -8,11 +8,12 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 use pgtable_formats::{IovaRange, Pasid};
-use viommu_device::host::EndpointCaps;
+use viommu_device::host::{EndpointCaps, PageRequestReport};
 use viommu_wire::EndpointId;
 
 use crate::kernel::{DeviceId, Iommufd};
 use crate::objects::{Attachment, Hwpt, Vdevice};
+use crate::page_requests::PageRequests;
 use crate::unit::{Kind, Table, Unit};
 use crate::vendor::smmuv3;
 
@@ -28,6 +29,8 @@ pub(crate) struct Endpoint<K: Iommufd> {
     pub(crate) unit: Arc<Unit<K>>,
 
     pub(crate) facts: Facts,
+    /// `None` where its accesses cannot wait.
+    pub(crate) page_requests: Option<PageRequests<K>>,
     /// The IOMMU may hold translations of tables that the stream is not bound to any more, or that changed since: no
     /// table before they are gone. Only where tags are the guest's (SMMUv3).
     stale: bool,
@@ -77,6 +80,12 @@ impl<K: Iommufd> Bound<K> {
     }
 }
 
+impl<K: Iommufd> Tagged<K> {
+    fn is_to(&self, table: &Arc<Hwpt<K>>) -> bool {
+        self.attachment.as_ref().is_some_and(|attachment| attachment.is_to(table))
+    }
+}
+
 impl<K: Iommufd> Endpoint<K> {
     /// Of a device that is attached to the abort of `unit`.
     pub(crate) fn new(
@@ -84,6 +93,7 @@ impl<K: Iommufd> Endpoint<K> {
         unit: Arc<Unit<K>>,
         vdevice: Option<Vdevice<K>>,
         attachment: Attachment<K>,
+        page_requests: Option<PageRequests<K>>,
     ) -> Self {
         Self {
             tagged: BTreeMap::new(),
@@ -92,6 +102,7 @@ impl<K: Iommufd> Endpoint<K> {
             _vdevice: vdevice,
             unit,
             facts,
+            page_requests,
             stale: false,
         }
     }
@@ -103,7 +114,7 @@ impl<K: Iommufd> Endpoint<K> {
     pub(crate) fn bind_untagged(&mut self, bound: Bound<K>) -> Result<(), Errno> {
         let leaves = self.has_guest_tags() && self.bound.is_table() && !bound.is_table();
         if leaves {
-            self.attachment.replace(&self.unit.abort)?;
+            self.attach(&Arc::clone(&self.unit.abort))?;
             self.stale = true;
         }
         if self.stale && (leaves || bound.hwpt().is_some()) {
@@ -111,7 +122,7 @@ impl<K: Iommufd> Endpoint<K> {
         }
         let result = match bound.hwpt() {
             None if leaves => Ok(()),
-            target => self.attachment.replace(target.unwrap_or(&self.unit.abort)),
+            target => self.attach(&Arc::clone(target.unwrap_or(&self.unit.abort))),
         };
         match result {
             Ok(()) => self.bound = bound,
@@ -126,9 +137,17 @@ impl<K: Iommufd> Endpoint<K> {
     pub(crate) fn bind_tagged(&mut self, pasid: Pasid, bound: &Bound<K>) -> Result<(), Errno> {
         let Some(hwpt) = bound.hwpt() else { return self.unbind_tagged(pasid) };
         let is_table = bound.is_table();
-        match self.tagged.get_mut(&pasid) {
-            Some(Tagged { attachment: Some(attachment), bound, is_table: was_table }) => {
-                attachment.replace(hwpt)?;
+        if self.tagged.get(&pasid).is_some_and(|tagged| tagged.is_to(hwpt)) {
+            self.close_page_requests_of(Some(pasid))?;
+        }
+        let Self { tagged, page_requests, .. } = self;
+        match tagged.get_mut(&pasid) {
+            Some(Tagged { attachment: place @ Some(_), bound, is_table: was_table }) => {
+                if let Some(attachment) = place {
+                    let result = attachment.replace(hwpt, || forget(page_requests, |of| of == Some(pasid)));
+                    place.take_if(|attachment| attachment.is_to_nothing());
+                    result?;
+                }
                 (*bound, *was_table) = (Arc::clone(hwpt), is_table);
             }
             _ => {
@@ -146,7 +165,39 @@ impl<K: Iommufd> Endpoint<K> {
             tagged.attachment = Some(attachment);
             self.tagged.insert(pasid, tagged);
             errno
-        })
+        })?;
+        forget(&mut self.page_requests, |of| of == Some(pasid));
+        Ok(())
+    }
+
+    /// Attaches untagged accesses. What waited for the table before is answered INVALID: by the kernel, or here where it
+    /// is the same table, which the kernel makes nothing of. What fails leaves what was attached, or blocks the endpoint.
+    fn attach(&mut self, table: &Arc<Hwpt<K>>) -> Result<(), Errno> {
+        if self.attachment.is_to(table) {
+            self.close_page_requests(is_served_untagged)?;
+        }
+        let Self { attachment, page_requests, tagged, .. } = self;
+        attachment.replace(table, || forget(page_requests, |pasid| is_served_untagged(tagged, pasid)))
+    }
+
+    /// The oldest page request that was not handed out.
+    pub(crate) fn next_page_request(&mut self) -> Option<PageRequestReport> {
+        let Self { page_requests, tagged, bound, .. } = self;
+        page_requests.as_mut()?.next(|pasid| has_table(tagged, bound, pasid))
+    }
+
+    /// Answers the page requests with `pasid` INVALID, those that were not read included. What fails may leave some.
+    pub(crate) fn close_page_requests_of(&mut self, pasid: Option<Pasid>) -> Result<(), Errno> {
+        self.close_page_requests(|_, of| of == pasid)
+    }
+
+    fn close_page_requests(
+        &mut self,
+        selects: impl Fn(&BTreeMap<Pasid, Tagged<K>>, Option<Pasid>) -> bool,
+    ) -> Result<(), Errno> {
+        let Self { page_requests, tagged, bound, .. } = self;
+        let Some(requests) = page_requests else { return Ok(()) };
+        requests.close(|pasid| selects(tagged, pasid), |pasid| has_table(tagged, bound, pasid))
     }
 
     /// The guest's table that a stream is bound to.
@@ -182,7 +233,7 @@ impl<K: Iommufd> Endpoint<K> {
     pub(crate) fn resume(&mut self) -> Result<(), Errno> {
         self.stale = false;
         if self.is_blocked() {
-            self.attachment.replace(self.bound.hwpt().unwrap_or(&self.unit.abort))?;
+            self.attach(&Arc::clone(self.bound.hwpt().unwrap_or(&self.unit.abort)))?;
         }
         Ok(())
     }
@@ -204,9 +255,11 @@ impl<K: Iommufd> Endpoint<K> {
         if !self.bound.is_table() {
             return;
         }
-        match self.attachment.replace(&self.unit.abort) {
-            Ok(()) => self.tell_blocked(errno),
-            Err(errno) => tracing::error!(endpoint = self.facts.id.0, %errno, "not blocked"),
+        match self.attach(&Arc::clone(&self.unit.abort)) {
+            Err(errno) if !self.is_blocked() => {
+                tracing::error!(endpoint = self.facts.id.0, %errno, "not blocked");
+            }
+            Ok(()) | Err(_) => self.tell_blocked(errno),
         }
     }
 
@@ -215,7 +268,10 @@ impl<K: Iommufd> Endpoint<K> {
         let Some(tagged) = self.tagged.get_mut(&pasid) else { return };
         let Some(attachment) = tagged.attachment.take() else { return };
         match attachment.detach() {
-            Ok(()) => tracing::warn!(endpoint = self.facts.id.0, %pasid, %errno, "{BLOCKED}"),
+            Ok(()) => {
+                tracing::warn!(endpoint = self.facts.id.0, %pasid, %errno, "{BLOCKED}");
+                forget(&mut self.page_requests, |of| of == Some(pasid));
+            }
             Err((attachment, errno)) => {
                 tracing::error!(endpoint = self.facts.id.0, %pasid, %errno, "not blocked");
                 tagged.attachment = Some(attachment);
@@ -243,5 +299,35 @@ impl<K: Iommufd> Endpoint<K> {
 
     fn has_guest_tags(&self) -> bool {
         matches!(self.unit.kind, Kind::Smmuv3(_))
+    }
+}
+
+/// Whether accesses with `pasid` go through what untagged ones are bound to, if through anything.
+fn is_served_untagged<K: Iommufd>(tagged: &BTreeMap<Pasid, Tagged<K>>, pasid: Option<Pasid>) -> bool {
+    pasid.is_none_or(|pasid| !tagged.contains_key(&pasid))
+}
+
+/// The kernel has answered page requests with selected PASIDs.
+fn forget<K: Iommufd>(page_requests: &mut Option<PageRequests<K>>, selects: impl Fn(Option<Pasid>) -> bool) {
+    if let Some(requests) = page_requests {
+        requests.forget(selects);
+    }
+}
+
+/// Whether accesses with `pasid` translate through a guest's table, so that they may ask for pages.
+fn has_table<K: Iommufd>(
+    tagged: &BTreeMap<Pasid, Tagged<K>>,
+    bound: &Bound<K>,
+    pasid: Option<Pasid>,
+) -> bool {
+    match pasid.and_then(|pasid| tagged.get(&pasid)) {
+        Some(tagged) => tagged.is_table,
+        None => match bound {
+            // PASID 0 is that of untagged accesses, where it is not in a table of PASIDs.
+            Bound::Table(table) => {
+                table.pasid_bits.is_some() || pasid.is_none_or(|pasid| pasid == Pasid::ZERO)
+            }
+            Bound::Nothing | Bound::Paging(_) => false,
+        },
     }
 }

@@ -72,6 +72,9 @@ pub enum Step {
     /// `VFIO_DEVICE_ATTACH_IOMMUFD_PT`.
     #[error("attaching the device")]
     Attach,
+    /// `IOMMU_FAULT_QUEUE_ALLOC`, or making and attaching a table with such a queue.
+    #[error("trying page requests")]
+    PageRequests,
 }
 
 /// What an error number means that says little by itself.

@@ -11,13 +11,21 @@ use crate::objects::EventQueue;
 use crate::unit::{EVENT_QUEUE_DEPTH, Kind, Unit, UnitId};
 use crate::vendor::smmuv3;
 
-/// Faults that wait to be handed out. No queue is read before they are: what comes meanwhile waits in the kernel.
+/// Faults of one endpoint that wait to be handed out. Further ones are lost, and counted: one that floods loses its own.
 pub const MAX_WAITING_FAULTS: usize = 1024;
+
+/// Faults that are handed out, at least, before queues are read again.
+const ROUND: usize = 16;
 
 /// What came out of the queues of all units.
 #[derive(Debug, Default)]
 pub(crate) struct Faults {
-    waiting: VecDeque<FaultReport>,
+    /// Oldest first; no endpoint has none.
+    waiting: BTreeMap<EndpointId, VecDeque<FaultReport>>,
+    /// The endpoints that have some, in the order of their turns.
+    turns: VecDeque<EndpointId>,
+    /// How many are handed out before queues are read again.
+    left: usize,
     /// Number of the next event of each unit.
     next: BTreeMap<UnitId, u32>,
     lost: u64,
@@ -33,17 +41,37 @@ impl Faults {
         self.ignored
     }
 
-    pub(crate) fn pop(&mut self) -> Option<FaultReport> {
-        self.waiting.pop_front()
+    /// Whether queues are to be read: every endpoint that had something had its turn.
+    pub(crate) fn is_round_over(&self) -> bool {
+        self.left == 0 || self.turns.is_empty()
     }
 
-    /// Reads the queue of `unit`, if it has one. `is_endpoint`: whether there is one of that number behind it.
+    pub(crate) fn begin_round(&mut self) {
+        self.left = self.turns.len().max(ROUND);
+    }
+
+    /// The oldest fault of the endpoint whose turn it is.
+    pub(crate) fn pop(&mut self) -> Option<FaultReport> {
+        let endpoint = self.turns.pop_front()?;
+        self.left = self.left.saturating_sub(1);
+        let waiting = self.waiting.get_mut(&endpoint)?;
+        let report = waiting.pop_front();
+        if waiting.is_empty() {
+            self.waiting.remove(&endpoint);
+        } else {
+            self.turns.push_back(endpoint);
+        }
+        report
+    }
+
+    /// Reads the queue of `unit`, if it has one, as far as the kernel keeps it. `is_endpoint`: whether there is one of
+    /// that number behind it.
     pub(crate) fn read<K: Iommufd>(&mut self, unit: &Unit<K>, is_endpoint: impl Fn(EndpointId) -> bool) {
         let Kind::Smmuv3(smmu) = &unit.kind else { return };
         let Some(queue) = &smmu.events else { return };
         let mut seen = 0;
-        // Events that are ignored hide none behind them; nor do they keep us here for ever.
-        while self.waiting.is_empty() && seen < MAX_WAITING_FAULTS {
+        // All that the kernel kept until now; what comes meanwhile may stay.
+        while seen < EVENT_QUEUE_DEPTH as usize {
             match self.read_once(unit.id, queue, &is_endpoint) {
                 0 => return,
                 count => seen += count,
@@ -88,11 +116,15 @@ impl Faults {
             self.ignored = self.ignored.saturating_add(1);
             return;
         };
-        if self.waiting.len() >= MAX_WAITING_FAULTS {
-            return self.count_lost(1);
+        let endpoint = EndpointId(event.vsid);
+        let waiting = self.waiting.entry(endpoint).or_default();
+        match waiting.len() {
+            0 => self.turns.push_back(endpoint),
+            MAX_WAITING_FAULTS.. => return self.count_lost(1),
+            _ => {}
         }
-        self.waiting.push_back(FaultReport {
-            stream: Stream { endpoint: EndpointId(event.vsid), pasid: event.pasid },
+        waiting.push_back(FaultReport {
+            stream: Stream { endpoint, pasid: event.pasid },
             address: event.address,
             kind: event.kind,
             privileged: event.privileged,
@@ -124,17 +156,9 @@ impl Faults {
         unit: &Unit<K>,
         is_endpoint: impl Fn(EndpointId) -> bool,
     ) {
-        self.waiting.retain(|report| report.stream.endpoint != gone);
-        let Kind::Smmuv3(smmu) = &unit.kind else { return };
-        let Some(queue) = &smmu.events else { return };
-        let mut seen = 0;
-        // All that the kernel kept when the endpoint went; what others add meanwhile may stay.
-        while seen <= EVENT_QUEUE_DEPTH as usize {
-            match self.read_once(unit.id, queue, &is_endpoint) {
-                0 => return,
-                count => seen += count,
-            }
-        }
+        self.waiting.remove(&gone);
+        self.turns.retain(|endpoint| *endpoint != gone);
+        self.read(unit, is_endpoint);
     }
 
     /// The unit is gone.

@@ -1,23 +1,25 @@
 //! [`IommufdHost`] as a [`Host`].
 
 use std::collections::BTreeMap;
+use std::ops::Bound::{Excluded, Unbounded};
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use pgtable_formats::{IovaRange, Pasid};
 use viommu_device::host::{
-    EndpointCaps, FaultReport, Host, HostError, Invalidation, MapError, SpaceSpec, Stopped, Stream,
-    UnmapError,
+    Answered, EndpointCaps, FaultReport, GroupResponse, Host, HostError, Invalidation, MapError,
+    PageRequestReport, SpaceSpec, Stopped, Stream, UnmapError,
 };
 use viommu_device::mapping::Mapping;
-use viommu_wire::EndpointId;
+use viommu_wire::{EndpointId, PageResponseCode};
 
 use crate::endpoint::{Bound, Endpoint};
 use crate::error::host_error;
 use crate::faults::Faults;
 use crate::guest_memory::GuestMemory;
-use crate::kernel::Iommufd;
+use crate::kernel::{Iommufd, ResponseCode};
 use crate::objects::{Ioas, Session};
+use crate::page_requests::PageRequests;
 use crate::space::{Kind, Mapped, Space};
 use crate::unit::{self, Unit};
 
@@ -31,6 +33,10 @@ pub struct IommufdHost<K: Iommufd> {
     /// How many units there were.
     pub(crate) last_unit: u64,
     pub(crate) faults: Faults,
+    /// Whose page request was handed out last: endpoints take turns.
+    pub(crate) last_asking: EndpointId,
+    /// See [`ignored_page_requests`](Self::ignored_page_requests), of endpoints that are gone.
+    pub(crate) ignored_page_requests: u64,
     /// All of guest memory, at its guest-physical addresses.
     pub(crate) ioas: Arc<Ioas<K>>,
     pub(crate) memory: GuestMemory,
@@ -43,14 +49,18 @@ impl<K: Iommufd> IommufdHost<K> {
         self.session.kernel()
     }
 
-    /// Files to wait on for `POLLIN`: then [`Host::next_fault`] has something. They change when endpoints are added or
-    /// removed.
+    /// Files to wait on for `POLLIN`: then [`Host::next_fault`] or [`Host::next_page_request`] has something. They change
+    /// when endpoints are added or removed.
+    ///
+    /// A file stays readable while the device core takes no more, because the driver gives no buffers or does not
+    /// answer: wait for edges (`EPOLLET`). See the [crate](crate#page-requests).
     pub fn queue_fds(&self) -> Vec<RawFd> {
-        let queues = self.units.iter().filter_map(|unit| match &unit.kind {
-            unit::Kind::Smmuv3(smmu) => smmu.events.as_ref(),
+        let events = self.units.iter().filter_map(|unit| match &unit.kind {
+            unit::Kind::Smmuv3(smmu) => smmu.events.as_ref()?.fd(),
             unit::Kind::Vtd | unit::Kind::Paging => None,
         });
-        queues.filter_map(|queue| queue.fd()).collect()
+        let requests = self.endpoints.values().filter_map(|endpoint| endpoint.page_requests.as_ref()?.fd());
+        events.chain(requests).collect()
     }
 
     /// How many faults were lost because they came faster than they were asked for.
@@ -61,6 +71,12 @@ impl<K: Iommufd> IommufdHost<K> {
     /// How many events were of no endpoint that there is, or of no known kind.
     pub const fn ignored_events(&self) -> u64 {
         self.faults.ignored()
+    }
+
+    /// How many groups of page requests were answered INVALID at once because they were of no stream that has a table.
+    pub fn ignored_page_requests(&self) -> u64 {
+        let endpoints = self.endpoints.values().filter_map(|endpoint| endpoint.page_requests.as_ref());
+        endpoints.fold(self.ignored_page_requests, |all, requests| all.saturating_add(requests.ignored()))
     }
 
     /// The addresses that all endpoints can use, from the lowest to the highest: the widest `input_range` that a
@@ -104,10 +120,8 @@ impl<K: Iommufd> Host for IommufdHost<K> {
                 if !table.extents().all(|(first, size)| self.memory.contains(first, size)) {
                     return Err(HostError::BadAddress);
                 }
-                Kind::Table {
-                    endpoint,
-                    table: of.unit.table(of.facts.device, table, of.facts.ats, of.facts.may_stall)?,
-                }
+                let queue = of.page_requests.as_ref().map(PageRequests::queue);
+                Kind::Table { endpoint, table: of.unit.table(&of.facts, table, queue)? }
             }
         };
         Ok(Space(kind))
@@ -177,22 +191,65 @@ impl<K: Iommufd> Host for IommufdHost<K> {
     fn invalidate(&mut self, batch: &[Invalidation]) -> Result<(), Stopped> {
         let strange = batch.iter().position(|one| !self.endpoints.contains_key(&one.endpoint));
         let known = strange.map_or(batch, |at| batch.get(..at).unwrap_or_default());
-        self.invalidate_known(known)?;
-        match strange {
-            None => Ok(()),
-            Some(done) => Err(Stopped { done, error: HostError::Unsupported }),
-        }
+        let (done, stopped) = match self.invalidate_known(known) {
+            Ok(()) => (known.len(), strange.map(|done| Stopped { done, error: HostError::Unsupported })),
+            Err(stopped) => (stopped.done, Some(stopped)),
+        };
+        self.close_unbound(known.get(..done).unwrap_or_default())?;
+        stopped.map_or(Ok(()), Err)
     }
 
+    /// Endpoints take turns.
     fn next_fault(&mut self) -> Option<FaultReport> {
-        for unit in &self.units {
-            if let Some(report) = self.faults.pop() {
-                return Some(report);
+        if self.faults.is_round_over() {
+            for unit in &self.units {
+                let endpoints = &self.endpoints;
+                let behind =
+                    |id| endpoints.get(&id).is_some_and(|endpoint| Arc::ptr_eq(&endpoint.unit, unit));
+                self.faults.read(unit, behind);
             }
-            let endpoints = &self.endpoints;
-            let behind = |id| endpoints.get(&id).is_some_and(|endpoint| Arc::ptr_eq(&endpoint.unit, unit));
-            self.faults.read(unit, behind);
+            self.faults.begin_round();
         }
         self.faults.pop()
+    }
+
+    /// Endpoints take turns.
+    fn next_page_request(&mut self) -> Option<PageRequestReport> {
+        let last = self.last_asking;
+        let next = |(_, endpoint): (&EndpointId, &mut Endpoint<K>)| endpoint.next_page_request();
+        let after = self.endpoints.range_mut((Excluded(last), Unbounded)).find_map(next);
+        let report = after.or_else(|| self.endpoints.range_mut(..=last).find_map(next))?;
+        self.last_asking = report.stream.endpoint;
+        Some(report)
+    }
+
+    fn respond(&mut self, response: &GroupResponse) -> Result<Answered, HostError> {
+        let &GroupResponse { stream: Stream { endpoint, pasid }, group, code } = response;
+        let endpoint = self.endpoints.get_mut(&endpoint);
+        let Some(requests) = endpoint.and_then(|endpoint| endpoint.page_requests.as_mut()) else {
+            return Ok(Answered::Gone);
+        };
+        let code = match code {
+            PageResponseCode::Success => ResponseCode::Success,
+            // The kernel knows no other way to say no.
+            PageResponseCode::Invalid | PageResponseCode::Failure => ResponseCode::Invalid,
+        };
+        requests.respond(pasid, group, code).map_err(host_error)
+    }
+}
+
+impl<K: Iommufd> IommufdHost<K> {
+    /// A guest that has the PASID cache of one PASID invalidated has taken it back, page requests included.
+    fn close_unbound(&mut self, done: &[Invalidation]) -> Result<(), Stopped> {
+        for (index, one) in done.iter().enumerate() {
+            let Some(Stream { endpoint, pasid }) = one.revoked() else { continue };
+            if let Some(endpoint) = self.endpoints.get_mut(&endpoint) {
+                endpoint.close_page_requests_of(pasid).map_err(|errno| {
+                    tracing::warn!(endpoint = one.endpoint.0, %errno, "page requests not answered");
+                    Stopped { done: index, error: host_error(errno) }
+                })?;
+            }
+        }
+        Ok(())
     }
 }

@@ -12,7 +12,7 @@ use pgtable_formats::{IovaRange, Pasid};
 
 use crate::kernel::{
     Commands, DeviceId, Event, HwptData, HwptFlags, HwptSpec, InvalidateError, IoasMapping, Iommufd,
-    IovaRanges, ObjectId, ViommuKind,
+    IovaRanges, ObjectId, PageFault, ResponseCode, ViommuKind,
 };
 
 /// The kernel, and what it has not freed yet.
@@ -134,6 +134,7 @@ impl<K: Iommufd> Ioas<K> {
 pub(crate) struct Hwpt<K: Iommufd> {
     object: Object<K>,
     _parent: Parent<K>,
+    page_requests: Option<Arc<FaultQueue<K>>>,
 }
 
 /// What a hardware page table is made of.
@@ -150,45 +151,61 @@ impl<K: Iommufd> Hwpt<K> {
         device: DeviceId,
         flags: HwptFlags,
     ) -> Result<Arc<Self>, Errno> {
-        let parent = ioas.object.id;
-        Self::new(&ioas.object, Parent::Ioas(Arc::clone(ioas)), (device, parent, flags), HwptData::None)
+        let spec =
+            HwptSpec { device, parent: ioas.object.id, flags, data: HwptData::None, fault_queue: None };
+        Self::new(&ioas.object, Parent::Ioas(Arc::clone(ioas)), spec, None)
     }
 
-    /// A guest's table over a nest parent (VT-d).
+    /// A guest's table over a nest parent (VT-d). `queue`: where its page requests go.
     pub(crate) fn on_nest_parent(
         parent: &Arc<Self>,
         device: DeviceId,
         flags: HwptFlags,
         data: HwptData,
+        queue: Option<&Arc<FaultQueue<K>>>,
     ) -> Result<Arc<Self>, Errno> {
-        let id = parent.object.id;
-        Self::new(&parent.object, Parent::Hwpt(Arc::clone(parent)), (device, id, flags), data)
+        let spec = HwptSpec { device, parent: parent.object.id, flags, data, fault_queue: None };
+        Self::new(&parent.object, Parent::Hwpt(Arc::clone(parent)), spec, queue)
     }
 
-    /// A stream table entry of a guest (SMMUv3).
+    /// A stream table entry of a guest (SMMUv3). `queue`: where its page requests go.
     pub(crate) fn on_viommu(
         viommu: &Arc<Viommu<K>>,
         device: DeviceId,
         entry: [u64; 2],
+        queue: Option<&Arc<FaultQueue<K>>>,
     ) -> Result<Arc<Self>, Errno> {
-        let parent = (device, viommu.object.id, HwptFlags::empty());
-        Self::new(&viommu.object, Parent::Viommu(Arc::clone(viommu)), parent, HwptData::Smmuv3(entry))
+        let spec = HwptSpec {
+            device,
+            parent: viommu.object.id,
+            flags: HwptFlags::empty(),
+            data: HwptData::Smmuv3(entry),
+            fault_queue: None,
+        };
+        Self::new(&viommu.object, Parent::Viommu(Arc::clone(viommu)), spec, queue)
     }
 
     fn new(
         relative: &Object<K>,
-        held: Parent<K>,
-        (device, parent, flags): (DeviceId, ObjectId, HwptFlags),
-        data: HwptData,
+        parent: Parent<K>,
+        spec: HwptSpec,
+        queue: Option<&Arc<FaultQueue<K>>>,
     ) -> Result<Arc<Self>, Errno> {
-        let spec = HwptSpec { device, parent, flags, data, fault_queue: None };
-        let id = relative.kernel().alloc_hwpt(&spec)?;
-        Ok(Arc::new(Self { object: Object::new(&relative.session, id), _parent: held }))
+        let fault_queue = queue.map(|queue| queue.object.id);
+        let id = relative.kernel().alloc_hwpt(&HwptSpec { fault_queue, ..spec })?;
+        let object = Object::new(&relative.session, id);
+        Ok(Arc::new(Self { object, _parent: parent, page_requests: queue.cloned() }))
     }
 
     /// Whether it was made there.
     pub(crate) fn is_of(&self, session: &Arc<Session<K>>) -> bool {
         self.object.is_of(session)
+    }
+
+    /// Whether this table has a fault queue, and the other one has not the same.
+    fn loses_queue(&self, other: &Self) -> bool {
+        let Some(queue) = &self.page_requests else { return false };
+        other.page_requests.as_ref().is_none_or(|other| !Arc::ptr_eq(queue, other))
     }
 
     /// Drops what is cached of a guest's table (VT-d).
@@ -255,12 +272,36 @@ impl<K: Iommufd> EventQueue<K> {
     }
 }
 
+/// The page requests of the tables that are made with it.
+pub(crate) struct FaultQueue<K: Iommufd> {
+    object: Object<K>,
+}
+
+impl<K: Iommufd> FaultQueue<K> {
+    pub(crate) fn new(session: &Arc<Session<K>>) -> Result<Arc<Self>, Errno> {
+        let object = Object::new(session, session.kernel.alloc_fault_queue()?);
+        Ok(Arc::new(Self { object }))
+    }
+
+    pub(crate) fn read(&self) -> Result<Vec<PageFault>, Errno> {
+        self.object.kernel().read_page_faults(self.object.id)
+    }
+
+    pub(crate) fn respond(&self, cookie: u32, code: ResponseCode) -> Result<(), Errno> {
+        self.object.kernel().respond(self.object.id, cookie, code)
+    }
+
+    pub(crate) fn fd(&self) -> Option<RawFd> {
+        self.object.kernel().queue_fd(self.object.id)
+    }
+}
+
 /// A device, or one PASID of it, attached to a table. Detached when it is dropped.
 pub(crate) struct Attachment<K: Iommufd> {
     session: Arc<Session<K>>,
     device: DeviceId,
     pasid: Option<Pasid>,
-    /// `None` once it was detached.
+    /// `None` while it is attached to nothing, and reaches nothing.
     table: Option<Arc<Hwpt<K>>>,
 }
 
@@ -272,8 +313,40 @@ impl<K: Iommufd> Attachment<K> {
         Ok(Self { session, device, pasid, table: Some(Arc::clone(table)) })
     }
 
-    /// Attaches to another table, in one step. What fails leaves it attached as it was.
-    pub(crate) fn replace(&mut self, table: &Arc<Hwpt<K>>) -> Result<(), Errno> {
+    /// Attaches to another table, in one step unless a fault queue is left. What fails leaves it attached as it was, or
+    /// to nothing where not even that can be had again. Calls `ended` once the kernel has answered the page requests that
+    /// waited, which may be so although this fails.
+    ///
+    /// A queue is left by way of nothing: on replacement, kernels from 6.15 on look for what to answer in the queue of
+    /// the *new* table, and later read what they have left in the old one through memory that they have freed. Those that
+    /// do it right (Linux 7.3.4) cannot be told from the others; all of them answer when the old table is detached.
+    pub(crate) fn replace(&mut self, table: &Arc<Hwpt<K>>, ended: impl FnOnce()) -> Result<(), Errno> {
+        match self.table.take_if(|attached| attached.loses_queue(table)) {
+            None => {
+                let is_same = self.is_to(table);
+                self.attach(table)?;
+                if !is_same {
+                    ended();
+                }
+                Ok(())
+            }
+            Some(attached) => {
+                if let Err(errno) = self.session.kernel.detach(self.device, self.pasid) {
+                    self.table = Some(attached);
+                    return Err(errno);
+                }
+                ended();
+                self.attach(table).inspect_err(|_| {
+                    if let Err(errno) = self.attach(&attached) {
+                        tracing::warn!(device = self.device.0, pasid = ?self.pasid, %errno, "attached to nothing");
+                    }
+                })
+            }
+        }
+    }
+
+    /// In place of what is attached, if anything is.
+    fn attach(&mut self, table: &Arc<Hwpt<K>>) -> Result<(), Errno> {
         self.session.kernel.attach(self.device, self.pasid, table.object.id)?;
         self.table = Some(Arc::clone(table));
         Ok(())
@@ -288,6 +361,11 @@ impl<K: Iommufd> Attachment<K> {
             }
             Err(errno) => Err((self, errno)),
         }
+    }
+
+    /// Whether it reaches nothing because a replacement failed.
+    pub(crate) const fn is_to_nothing(&self) -> bool {
+        self.table.is_none()
     }
 
     /// Whether it is attached to this very table.

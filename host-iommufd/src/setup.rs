@@ -19,8 +19,9 @@ use crate::guest_memory::GuestMemory;
 use crate::host::IommufdHost;
 use crate::kernel::{DeviceId, HwCapabilities, HwInfo, HwKind, HwptFlags, Iommufd, IovaRanges};
 use crate::objects::{Attachment, Hwpt, Ioas, Session};
+use crate::page_requests::{self, PageRequests};
 use crate::reserved;
-use crate::sysfs::{self, Bdf, PciDevice, Root};
+use crate::sysfs::{self, Bdf, ConfigSpace, PciDevice, Root};
 use crate::unit::{Kind, Place, Site, Unit, UnitId};
 use crate::vendor::{smmuv3, vtd};
 
@@ -37,19 +38,24 @@ pub struct Device {
     pub may_stall: bool,
     /// It has the ATS capability.
     pub ats: bool,
+    /// It has the PRI capability. Whoever does not fetch page requests
+    /// ([`Host::next_page_request`](viommu_device::host::Host::next_page_request)) says no: accesses would wait for ever.
+    pub pri: bool,
 }
 
 impl Device {
-    /// A function on PCI, as sysfs knows it: its reserved regions, and whether it has ATS. `None` where its reserved
-    /// regions cannot be read: a guest that is not told of them may lose its interrupts.
+    /// A function on PCI, as sysfs knows it: its reserved regions, and whether it has ATS and PRI. `None` where its
+    /// reserved regions cannot be read: a guest that is not told of them may lose its interrupts.
     ///
-    /// Without privilege sysfs hides extended capabilities, and the device does without ATS.
+    /// Without privilege sysfs hides extended capabilities, and the device does without either.
     pub fn on_pci(id: DeviceId, root: &Root, function: Bdf) -> Option<Self> {
         let reserved = sysfs::reserved_regions(root, function)?;
-        let ats = PciDevice::read(root, function)
-            .is_some_and(|function| function.config.known().is_some_and(|config| config.ats().is_some()));
+        let function = PciDevice::read(root, function);
+        let config = function.as_ref().and_then(|function| function.config.known());
+        let ats = config.is_some_and(|config| config.ats().is_some());
+        let pri = config.is_some_and(ConfigSpace::page_requests);
         // A transaction on PCI that waits could block those behind it.
-        Some(Self { id, reserved, may_stall: false, ats })
+        Some(Self { id, reserved, may_stall: false, ats, pri })
     }
 }
 
@@ -66,8 +72,17 @@ impl<K: Iommufd> IommufdHost<K> {
         let mut memory = GuestMemory::new(memory);
         let ioas = Ioas::new(&session).map_err(Step::AddressSpace.failed())?;
         memory.map_all(&ioas).map_err(Step::GuestMemory.failed())?;
-        let (endpoints, units, faults) = (BTreeMap::new(), Vec::new(), Faults::default());
-        Ok(Self { endpoints, units, last_unit: 0, faults, ioas, memory, session })
+        Ok(Self {
+            endpoints: BTreeMap::new(),
+            units: Vec::new(),
+            last_unit: 0,
+            faults: Faults::default(),
+            last_asking: EndpointId(0),
+            ignored_page_requests: 0,
+            ioas,
+            memory,
+            session,
+        })
     }
 
     /// Adds an endpoint, whose accesses all fault until one of its streams is bound.
@@ -89,8 +104,16 @@ impl<K: Iommufd> IommufdHost<K> {
 
         let newcomer = Newcomer { id, device: device.id, hardware, pasids };
         let Place { unit, vdevice } = self.find_place(&newcomer, &mut attachment)?;
+        let tables = tables(&unit, &hardware);
+        let ats = device.ats && !hardware.capabilities.contains(HwCapabilities::ATS_NOT_SUPPORTED);
+        let queue = if tables.is_some() && page_requests::may_have(&hardware.kind, &device, ats) {
+            page_requests::try_on(&self.session, &unit, device.id, &mut attachment)?
+        } else {
+            None
+        };
         let caps = EndpointCaps {
-            tables: tables(&unit, &hardware),
+            tables,
+            page_requests: queue.is_some(),
             kinds: match unit.kind {
                 Kind::Smmuv3(_) => TableKinds::PASID_TABLE,
                 Kind::Vtd => TableKinds::PAGE_TABLE,
@@ -103,7 +126,7 @@ impl<K: Iommufd> IommufdHost<K> {
             id,
             device: device.id,
             caps,
-            ats: device.ats && !hardware.capabilities.contains(HwCapabilities::ATS_NOT_SUPPORTED),
+            ats,
             may_stall: device.may_stall,
             span: span(&ranges.allowed),
             alignment: ranges.alignment,
@@ -111,7 +134,8 @@ impl<K: Iommufd> IommufdHost<K> {
         if !self.units.iter().any(|known| Arc::ptr_eq(known, &unit)) {
             self.units.push(Arc::clone(&unit));
         }
-        self.endpoints.insert(id, Endpoint::new(facts, unit, vdevice, attachment));
+        let requests = queue.map(|queue| PageRequests::new(id, device.id, queue));
+        self.endpoints.insert(id, Endpoint::new(facts, unit, vdevice, attachment, requests));
         Ok(())
     }
 
@@ -126,6 +150,8 @@ impl<K: Iommufd> IommufdHost<K> {
         if let Err(errno) = endpoint.bind_untagged(Bound::Nothing) {
             tracing::warn!(endpoint = id.0, %errno, "caches of a removed endpoint were not dropped");
         }
+        let ignored = endpoint.page_requests.as_ref().map_or(0, PageRequests::ignored);
+        self.ignored_page_requests = self.ignored_page_requests.saturating_add(ignored);
         let unit = Arc::clone(&endpoint.unit);
         drop(endpoint);
         let Self { units, faults, endpoints, .. } = self;
@@ -195,7 +221,7 @@ impl<K: Iommufd> IommufdHost<K> {
                 }
             }
         };
-        attachment.replace(&place.unit.abort).map_err(Step::Attach.failed())?;
+        attachment.replace(&place.unit.abort, || ()).map_err(Step::Attach.failed())?;
         Ok(place)
     }
 
@@ -222,7 +248,7 @@ impl<K: Iommufd> IommufdHost<K> {
         attachment: &mut Attachment<K>,
     ) -> Result<Option<Place<K>>, SetupError> {
         for unit in self.units.iter().filter(|unit| is_like(unit)) {
-            match attachment.replace(&unit.abort) {
+            match attachment.replace(&unit.abort, || ()) {
                 Ok(()) => return Ok(Some(Place { unit: Arc::clone(unit), vdevice: None })),
                 // It is behind another one.
                 Err(Errno::EINVAL) => {}

@@ -8,9 +8,10 @@ use pgtable_formats::context::smmuv3::Ste1;
 use viommu_device::host::HostError;
 use viommu_wire::EndpointId;
 
+use crate::endpoint::Facts;
 use crate::error::{SetupError, Step, host_error, is_absent};
-use crate::kernel::{Commands, DeviceId, HwptFlags, Iommufd, ViommuKind};
-use crate::objects::{EventQueue, Hwpt, Ioas, Session, Vdevice, Viommu};
+use crate::kernel::{Commands, DeviceId, HwptData, HwptFlags, Iommufd, ViommuKind};
+use crate::objects::{EventQueue, FaultQueue, Hwpt, Ioas, Session, Vdevice, Viommu};
 use crate::vendor::{smmuv3, vtd};
 
 /// Events that the kernel keeps of one SMMU until they are read. Further ones are lost, and counted.
@@ -111,7 +112,7 @@ impl<K: Iommufd> Site<'_, K> {
         if events.is_none() {
             tracing::warn!("this kernel reports no faults of guests' tables; Linux 6.15 and later do");
         }
-        let entry = |words| Hwpt::on_viommu(&viommu, self.device, words).map_err(Step::Table.failed());
+        let entry = |words| Hwpt::on_viommu(&viommu, self.device, words, None).map_err(Step::Table.failed());
         let (bypass, abort) = (entry(smmuv3::BYPASS)?, entry(smmuv3::ABORT)?);
         // What stage 2 translates, now that its table narrows the address space.
         let ranges = self.memory.ranges().map_err(Step::Ranges.failed())?;
@@ -155,30 +156,47 @@ impl<K: Iommufd> Unit<K> {
         Hwpt::paging(ioas, device, pasid_flag(self.pasids))
     }
 
-    /// A guest's table for `device`, which has ATS (`ats`) and may stall (`may_stall`).
+    /// A guest's table for an endpoint, whose page requests go to `queue`.
     pub(crate) fn table(
         &self,
-        device: DeviceId,
+        endpoint: &Facts,
         table: &Canonical,
-        ats: bool,
-        may_stall: bool,
+        queue: Option<&Arc<FaultQueue<K>>>,
     ) -> Result<Table<K>, HostError> {
+        let &Facts { device, ats, may_stall, .. } = endpoint;
         match (&self.kind, table) {
             (Kind::Smmuv3(unit), Canonical::Smmuv3(table)) => {
                 let entry = smmuv3::ste(table, ats && unit.hardware.ats, may_stall);
                 let [_, word1] = entry;
                 Ok(Table {
-                    hwpt: Hwpt::on_viommu(&unit.viommu, device, entry).map_err(host_error)?,
+                    hwpt: Hwpt::on_viommu(&unit.viommu, device, entry, queue).map_err(host_error)?,
                     ats: Ste1::from_bits(word1).eats() != 0,
                     pasid_bits: Some(table.pasid_bits()),
                 })
             }
             (Kind::Vtd, Canonical::VtdFirstStage(table)) => {
                 let (flags, data) = (pasid_flag(self.pasids), vtd::table(table));
-                let hwpt = Hwpt::on_nest_parent(&self.bypass, device, flags, data).map_err(host_error)?;
-                Ok(Table { hwpt, ats: false, pasid_bits: None })
+                let hwpt = Hwpt::on_nest_parent(&self.bypass, device, flags, data, queue);
+                Ok(Table { hwpt: hwpt.map_err(host_error)?, ats: false, pasid_bits: None })
             }
             _ => Err(HostError::Unsupported),
+        }
+    }
+
+    /// What a guest's table for `device` with page requests is to the kernel, but one that leads nowhere: an entry that
+    /// aborts, or a table that would be where no memory is.
+    pub(crate) fn dead_end(
+        &self,
+        device: DeviceId,
+        queue: &Arc<FaultQueue<K>>,
+    ) -> Result<Arc<Hwpt<K>>, Errno> {
+        match &self.kind {
+            Kind::Smmuv3(unit) => Hwpt::on_viommu(&unit.viommu, device, smmuv3::ABORT, Some(queue)),
+            Kind::Vtd => {
+                let data = HwptData::Vtd { flags: 0, root: 0, address_width: 48 };
+                Hwpt::on_nest_parent(&self.abort, device, pasid_flag(self.pasids), data, Some(queue))
+            }
+            Kind::Paging => Err(Errno::EOPNOTSUPP),
         }
     }
 }

@@ -42,7 +42,11 @@ impl State {
             }
         };
         let replaced = self.attachments.insert((id, pasid), Attachment { table, virtual_id });
-        self.forget(id, pasid, replaced);
+        // The same once more is nothing to the kernel.
+        if replaced.is_none_or(|replaced| replaced.table != table) {
+            // The surprise of kernels from 6.15 on: what waits is looked for in the queue of the new table.
+            self.forget(id, pasid, replaced, hwpt.fault_queue);
+        }
         Ok(())
     }
 
@@ -50,7 +54,8 @@ impl State {
     pub(super) fn detach(&mut self, id: DeviceId, pasid: Option<u32>) -> Result<(), Errno> {
         self.device(id)?;
         let replaced = self.attachments.remove(&(id, pasid));
-        self.forget(id, pasid, replaced);
+        let queue = replaced.as_ref().and_then(|replaced| self.hwpt(replaced.table).ok()?.fault_queue);
+        self.forget(id, pasid, replaced, queue);
         Ok(())
     }
 
@@ -77,14 +82,21 @@ impl State {
         if has_pasids && !fits(hwpt) { Err(Errno::EINVAL) } else { Ok(()) }
     }
 
-    /// What the kernel invalidates by itself when something is attached or detached.
-    fn forget(&mut self, id: DeviceId, pasid: Option<u32>, replaced: Option<Attachment>) {
+    /// What the kernel invalidates by itself when something is attached or detached. `queue`: whose page requests it
+    /// answers.
+    fn forget(
+        &mut self,
+        id: DeviceId,
+        pasid: Option<u32>,
+        replaced: Option<Attachment>,
+        queue: Option<ObjectId>,
+    ) {
         // The stream table entry or PASID entry has changed: its contexts go, and device TLBs.
         self.smmu_tlb.forget_stream(id);
         self.vtd_tlb.forget_stream(id, pasid);
         let Some(replaced) = replaced else { return };
         // Page requests that nobody has answered are answered.
-        self.abandon_page_requests(id, pasid);
+        self.abandon_page_requests(id, pasid, queue);
         let Ok((parent, _)) = self.paging(replaced.table) else { return };
         // Translations under the guest's ASIDs stay, until nobody uses that VMID any more.
         let in_use =

@@ -2,16 +2,17 @@
 
 use std::cell::Cell;
 
-use pgtable_formats::{Access, AccessKind, Fault, Gpa, Iova, NotMemory, Pasid, TableMem};
+use pgtable_formats::{Access, AccessKind, Fault, FaultClass, Gpa, Iova, NotMemory, Pasid, TableMem};
 
 use super::FakeIommufd;
 use super::graph::{Attachment, Hwpt, HwptKind, State};
 use super::ioas::Ioas;
 use super::memory::Memory;
+use super::page_requests::Wanted;
 use super::smmuv3::{Failure, Stage1, is_forwarded, record};
 use super::units::Unit;
 use super::vtd::FirstStageRoot;
-use crate::kernel::{Backing, DeviceId, HwptFlags, ObjectId, PageFault};
+use crate::kernel::{Backing, DeviceId, HwptFlags, ObjectId};
 
 /// Why an access of a device did not reach memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -31,17 +32,17 @@ pub enum DmaFault {
     /// Stage 2 has nothing there, or does not permit it: where stage 1 led to, or where it has a table.
     #[error("stage 2 at {0}")]
     Stage2(Gpa),
-    /// It waits for an answer.
+    /// It waits for an answer: the device has asked for the page.
     #[error("stalled")]
     Stalled,
 }
 
-/// LAST_PAGE and PASID_VALID of a page request.
-const LAST_PAGE: u32 = 2;
-const PASID_VALID: u32 = 1;
-
 impl<M: Memory> FakeIommufd<M> {
     /// Where in the process an access of a device leads.
+    ///
+    /// A device with page requests (PCIe PRI) asks for what a guest's table with a fault queue does not permit, and one
+    /// that may stall so does where the guest says so: then the answer is [`DmaFault::Stalled`], and so it is for the
+    /// same access until somebody has answered the request. After INVALID it fails once; after success it is done.
     ///
     /// # Errors
     /// Why it leads nowhere. The guest's event queue or [`take_host_faults`](Self::take_host_faults) has it as well.
@@ -53,6 +54,8 @@ impl<M: Memory> FakeIommufd<M> {
         access: Access,
     ) -> Result<Backing, DmaFault> {
         let state = &mut *self.state();
+        // What was answered is seen whatever is attached since.
+        state.waited(Asked { device, pasid, iova, access }.wanted())?;
         let (attachment, hwpt, ioas) = state.reach(device, pasid)?;
         match state.stage1(&self.memory, device, pasid, (iova, access), &attachment, &hwpt) {
             Ok(stage1) => state
@@ -193,21 +196,11 @@ impl State {
             self.violations.push(format!("{:?} stalls, which it cannot", asked.device));
             return DmaFault::Stalled;
         }
-        let pasid = asked.pasid.map(Pasid::value);
-        let request = PageFault {
-            flags: LAST_PAGE | if pasid.is_some() { PASID_VALID } else { 0 },
-            device: asked.device,
-            pasid: pasid.unwrap_or(0),
-            group: 0,
-            permissions: match asked.access.kind {
-                AccessKind::Read => 1,
-                AccessKind::Write => 2,
-                AccessKind::Execute => 5,
-            },
-            address: asked.iova,
-            cookie: 0,
-        };
-        if self.request_page(request) { DmaFault::Stalled } else { fault }
+        match self.wait_for_page(asked.wanted(), fault) {
+            Err(waits) => waits,
+            // Aborted by the kernel at once.
+            Ok(()) => fault,
+        }
     }
 
     fn vtd<M: Memory>(
@@ -232,10 +225,15 @@ impl State {
                 self.vtd_tlb.learn(asked.device, pasid, translation);
                 Ok(translation.apply(Iova(asked.iova)))
             }
-            // User space hears of none of them.
             Err(reason) => {
                 let stage1 = DmaFault::Stage1(Fault::Vtd(reason));
                 let fault = missed.map_or(stage1, DmaFault::Stage2);
+                let is_missing = matches!(reason.class(), FaultClass::NotMapped | FaultClass::Permission);
+                let has_pri = self.devices.get(&asked.device).is_some_and(|device| device.pri);
+                if is_missing && missed.is_none() && has_pri {
+                    self.wait_for_page(asked.wanted(), fault)?;
+                }
+                // User space hears of none of them.
                 self.host_faults.push((asked.device, fault));
                 Err(fault)
             }
@@ -284,6 +282,22 @@ struct Asked {
     pasid: Option<Pasid>,
     iova: u64,
     access: Access,
+}
+
+impl Asked {
+    fn wanted(&self) -> Wanted {
+        let kind = match self.access.kind {
+            AccessKind::Read => 1,
+            AccessKind::Write => 2,
+            AccessKind::Execute => 5,
+        };
+        Wanted {
+            device: self.device,
+            pasid: self.pasid.map(Pasid::value),
+            page: self.iova & !0xfff,
+            permissions: kind | u32::from(self.access.privileged) << 3,
+        }
+    }
 }
 
 /// Guest memory through an IOAS.

@@ -8,7 +8,7 @@ use pgtable_formats::{Iova, IovaRange};
 use super::dma::DmaFault;
 use super::events::EventQueue;
 use super::ioas::Ioas;
-use super::page_requests::FaultQueue;
+use super::page_requests::{FaultQueue, Wait, Wanted};
 use super::smmuv3::{Ste, Tlb};
 use super::units::{FakeDevice, Unit, UnitId};
 use super::vtd::{FirstStageRoot, Iotlb};
@@ -30,6 +30,10 @@ pub(super) struct State {
     pub(super) page_responses: Vec<(DeviceId, u32, Option<ResponseCode>)>,
     /// Page requests whose group is not complete yet.
     pub(super) partial: BTreeMap<(DeviceId, Option<u32>, u32), VecDeque<crate::kernel::PageFault>>,
+    /// Accesses that wait for pages.
+    pub(super) waits: BTreeMap<Wanted, Wait>,
+    /// The group number that an access had last.
+    pub(super) last_group: u32,
 }
 
 /// An iommufd object.
@@ -178,7 +182,7 @@ impl State {
             return Err(Errno::EBUSY);
         }
         if let Some(Object::FaultQueue(queue)) = self.objects.remove(&id) {
-            self.page_responses.extend(queue.open_groups().map(|(device, group)| (device, group, None)));
+            queue.into_open().for_each(|group| self.answered(&group, None));
         }
         Ok(())
     }

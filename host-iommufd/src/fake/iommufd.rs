@@ -110,10 +110,7 @@ impl<M: Memory> Iommufd for FakeIommufd<M> {
     }
 
     fn read_page_faults(&self, queue: ObjectId) -> Result<Vec<PageFault>, Errno> {
-        match self.state().objects.get_mut(&queue) {
-            Some(Object::FaultQueue(queue)) => Ok(queue.read()),
-            _ => Err(Errno::ENOENT),
-        }
+        self.read_queue(queue)
     }
 
     fn respond(&self, queue: ObjectId, cookie: u32, code: ResponseCode) -> Result<(), Errno> {

@@ -147,7 +147,8 @@ impl<M: Memory> FakeIommufd<M> {
     }
 
     /// What the real kernel or hardware would not have caught, or would have answered by a `WARN`: an ATC_INV in one
-    /// batch with a TLBI, a stall of a device that cannot, a range that VT-d has no mask for. Empty after a run in which all was done right.
+    /// batch with a TLBI, a stall of a device that cannot, a range that VT-d has no mask for, page requests read
+    /// that the kernel missed to answer. Empty after a run in which all was done right.
     pub fn violations(&self) -> Vec<String> {
         self.state().violations.clone()
     }

@@ -7,7 +7,7 @@ use iommufd_ioctls::IommufdError;
 use nix::errno::Errno;
 use vfio_ioctls::VfioError;
 
-use super::errno_of;
+use super::errno::errno_of;
 
 /// `/dev/iommu` cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

@@ -18,28 +18,31 @@
 //! whose files another process opened. Dirty bitmaps and hardware queues have no method in [`Iommufd`].
 
 mod bind;
+mod errno;
 mod hw_info;
 #[cfg(test)]
 mod layout;
 #[cfg(test)]
 mod on_kernel;
+mod queue;
 mod raw;
 mod record;
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{Read, Write};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::RawFd;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use iommufd_bindings::iommufd as abi;
-use iommufd_ioctls::{IommuFd, IommufdError};
+use iommufd_ioctls::IommuFd;
 use nix::errno::Errno;
 use pgtable_formats::{Iova, IovaRange, Pasid};
 use vfio_ioctls::{VfioDevice, VfioError, VfioIommufd};
 
 pub use self::bind::{BindError, OpenError};
+use self::errno::{errno_of, vfio_errno};
+use self::queue::{Queue, QueueKind};
 use self::raw::{RangesAnswer, size};
 use crate::kernel::{
     Backing, Commands, DeviceId, Event, HwCapabilities, HwInfo, HwptData, HwptSpec, InvalidateError,
@@ -57,18 +60,6 @@ pub struct Sys {
     // What vfio-ioctls wants for a device. It allocates an IOAS, which stays empty.
     vfio: Arc<VfioIommufd>,
     iommufd: Arc<IommuFd>,
-}
-
-/// A queue's file.
-struct Queue {
-    file: File,
-    kind: QueueKind,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum QueueKind {
-    Events(ViommuKind),
-    PageFaults,
 }
 
 impl Sys {
@@ -345,56 +336,30 @@ impl Iommufd for Sys {
         };
         let (id, file) = self.iommufd.alloc_veventq(&mut arg).map_err(errno_of)?;
         let id = ObjectId(id);
-        lock(&self.queues).insert(id, Queue { file, kind: QueueKind::Events(kind) });
+        lock(&self.queues).insert(id, Queue::new(file, QueueKind::Events(kind)));
         Ok(id)
     }
 
     fn read_events(&self, queue: ObjectId) -> Result<Vec<Event>, Errno> {
-        let queues = lock(&self.queues);
-        let queue = queues.get(&queue).ok_or(Errno::ENOENT)?;
-        let QueueKind::Events(ViommuKind::Smmuv3) = queue.kind else { return Err(Errno::EINVAL) };
-        let mut bytes = [0; 64 * record::SMMUV3_RECORD_LENGTH];
-        let read = read(&queue.file, &mut bytes)?;
-        record::smmuv3_events(read).ok_or(Errno::EPROTO)
+        lock(&self.queues).get(&queue).ok_or(Errno::ENOENT)?.read_events()
     }
 
     fn alloc_fault_queue(&self) -> Result<ObjectId, Errno> {
         let (id, file) = raw::alloc_fault_queue(&self.iommufd)?;
-        lock(&self.queues).insert(id, Queue { file, kind: QueueKind::PageFaults });
+        lock(&self.queues).insert(id, Queue::new(file, QueueKind::PageFaults));
         Ok(id)
     }
 
     fn read_page_faults(&self, queue: ObjectId) -> Result<Vec<PageFault>, Errno> {
-        let queues = lock(&self.queues);
-        let queue = queues.get(&queue).ok_or(Errno::ENOENT)?;
-        if queue.kind != QueueKind::PageFaults {
-            return Err(Errno::EINVAL);
-        }
-        let mut count = 128;
-        loop {
-            let mut bytes = vec![0; count * record::PAGE_FAULT_LENGTH];
-            match read(&queue.file, &mut bytes) {
-                Ok(read) => return record::page_faults(read).ok_or(Errno::EPROTO),
-                // The first group does not fit: groups come whole.
-                Err(Errno::EINVAL) if count < MAX_FAULTS => count *= 4,
-                Err(errno) => return Err(errno),
-            }
-        }
+        lock(&self.queues).get(&queue).ok_or(Errno::ENOENT)?.read_page_faults()
     }
 
     fn respond(&self, queue: ObjectId, cookie: u32, code: ResponseCode) -> Result<(), Errno> {
-        let queues = lock(&self.queues);
-        let queue = queues.get(&queue).ok_or(Errno::ENOENT)?;
-        let bytes = record::response(cookie, code);
-        match (&queue.file).write(&bytes) {
-            Ok(written) if written == bytes.len() => Ok(()),
-            Ok(_) => Err(Errno::EIO),
-            Err(error) => Err(io_errno(&error)),
-        }
+        lock(&self.queues).get(&queue).ok_or(Errno::ENOENT)?.respond(cookie, code)
     }
 
     fn queue_fd(&self, queue: ObjectId) -> Option<RawFd> {
-        lock(&self.queues).get(&queue).map(|queue| queue.file.as_raw_fd())
+        lock(&self.queues).get(&queue).map(|queue| queue.fd())
     }
 
     fn attach(&self, device: DeviceId, pasid: Option<Pasid>, table: ObjectId) -> Result<(), Errno> {
@@ -419,9 +384,6 @@ impl Iommufd for Sys {
 /// More holes than any machine has; a bound for the room that the kernel can ask for.
 const MAX_RANGES: u32 = 1 << 16;
 
-/// More page requests than a group can have (the PCI group index has 9 bits); a bound for the buffer.
-const MAX_FAULTS: usize = 1 << 15;
-
 fn map_flags(mapping: &IoasMapping) -> u32 {
     let mut flags = abi::iommufd_ioas_map_flags_IOMMU_IOAS_MAP_FIXED_IOVA;
     if mapping.readable {
@@ -433,62 +395,9 @@ fn map_flags(mapping: &IoasMapping) -> u32 {
     flags
 }
 
-/// Reads what there is: an empty queue reads as nothing, or as `EAGAIN` where the file does not block.
-fn read<'a>(mut file: &File, bytes: &'a mut [u8]) -> Result<&'a [u8], Errno> {
-    let length = loop {
-        match file.read(bytes).map_err(|error| io_errno(&error)) {
-            Ok(length) => break length,
-            Err(Errno::EAGAIN) => break 0,
-            Err(Errno::EINTR) => (),
-            Err(errno) => return Err(errno),
-        }
-    };
-    bytes.get(..length).ok_or(Errno::EIO)
-}
-
 /// A poisoned lock guards a map, which is whole after any panic.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn io_errno(error: &std::io::Error) -> Errno {
-    error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
-}
-
-/// The kernel's number out of an error of `iommufd-ioctls`.
-fn errno_of(error: IommufdError) -> Errno {
-    use IommufdError as E;
-    match error {
-        E::OpenIommufd(error) | E::AttachHwpt(error) => io_errno(&error),
-        E::IommuDestroy(error)
-        | E::IommuIoasAlloc(error)
-        | E::IommuIoasMap(error)
-        | E::IommuIoasMapFile(error)
-        | E::IommuIoasUnmap(error)
-        | E::IommuHwptAlloc(error)
-        | E::IommuViommuAlloc(error)
-        | E::IommuVdeviceAlloc(error)
-        | E::IommuGetHwInfo(error)
-        | E::IommuHwptInvalidate(error)
-        | E::IommuVeventqAlloc(error)
-        | E::VeventqNonBlocking(error)
-        | E::IommuHwQueueAlloc(error) => Errno::from_raw(error.errno()),
-        E::HwQueueUnsupported
-        | E::UnsupportedViommuType(_)
-        | E::UnsupportedVeventqType(_)
-        | E::UnsupportedIommu(_)
-        | E::IommuTypeMismatch(_) => Errno::EOPNOTSUPP,
-    }
-}
-
-/// The kernel's number out of an error of attach and detach in `vfio-ioctls`.
-fn vfio_errno(error: VfioError) -> Errno {
-    match error {
-        VfioError::VfioDeviceAttachIommufdPt(error) | VfioError::VfioDeviceDetachIommufdPt(error) => {
-            Errno::from_raw(error.errno())
-        }
-        _ => Errno::EIO,
-    }
 }
 
 #[cfg(test)]
@@ -516,16 +425,5 @@ mod tests {
         assert_eq!(map_flags(&mapping(false, true)), 3);
         assert_eq!(map_flags(&mapping(true, false)), 5);
         assert_eq!(map_flags(&mapping(true, true)), 7);
-    }
-
-    #[test]
-    fn errors_keep_their_number() {
-        let error = vmm_sys_util::errno::Error::new(95);
-        assert_eq!(errno_of(IommufdError::IommuViommuAlloc(error)), Errno::EOPNOTSUPP);
-        assert_eq!(
-            vfio_errno(VfioError::VfioDeviceAttachIommufdPt(vmm_sys_util::errno::Error::new(2))),
-            Errno::ENOENT
-        );
-        assert_eq!(io_errno(&std::io::Error::from_raw_os_error(16)), Errno::EBUSY);
     }
 }

@@ -13,7 +13,7 @@ use iommufd_bindings::iommufd::{
 use iommufd_ioctls::IommuFd;
 use nix::errno::Errno;
 
-use super::errno_of;
+use super::errno::errno_of;
 use super::hw_info::REGISTERS_LENGTH;
 use crate::kernel::{InvalidateError, ObjectId};
 

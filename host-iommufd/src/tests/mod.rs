@@ -3,8 +3,10 @@
 
 mod binding;
 mod failures;
+mod faults;
 mod invalidation;
 mod mapping;
+mod page_requests;
 mod setup;
 
 use std::sync::Arc;
@@ -132,7 +134,7 @@ impl Rig {
 
 /// A device that nothing is known of but its number.
 fn as_is(id: DeviceId) -> Device {
-    Device { id, reserved: Vec::new(), may_stall: false, ats: true }
+    Device { id, reserved: Vec::new(), may_stall: false, ats: true, pri: false }
 }
 
 fn pasid_of(value: u32) -> Pasid {

@@ -275,7 +275,8 @@ fn a_function_on_pci_is_as_sysfs_has_it() {
     let regions = "0x0000000008000000 0x00000000080fffff msi\n";
     std::fs::write(folder.join("iommu_group/reserved_regions"), regions).unwrap();
     let msi = ReservedRegion { kind: ReservedKind::Msi, range: range(0x800_0000, 0x10_0000) };
-    let without_ats = Device { id: DeviceId(3), reserved: vec![msi], may_stall: false, ats: false };
+    let without_ats =
+        Device { id: DeviceId(3), reserved: vec![msi], may_stall: false, ats: false, pri: false };
     assert_eq!(read(), Some(without_ats.clone()));
     for (name, text) in [("vendor", "0x1234"), ("device", "0x11e8"), ("class", "0x00ff00")] {
         std::fs::write(folder.join(name), text).unwrap();

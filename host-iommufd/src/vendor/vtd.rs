@@ -1,7 +1,8 @@
 //! VT-d scalable mode: nested first-stage tables, one for each PASID of an endpoint.
 //!
-//! Not supported: a PASID directory (the kernel has no way to hand one over), faults (it reports none of VT-d), page
-//! requests.
+//! Page requests are no matter of the vendor: a table is made with a fault queue, whoever walks it.
+//!
+//! Not supported: a PASID directory (the kernel has no way to hand one over), faults (it reports none of VT-d).
 
 use pgtable_formats::context::vtd::{Cap, CapRegisters, Caps, FirstStage};
 use viommu_device::host::{Invalidation, Scope};
