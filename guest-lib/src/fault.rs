@@ -146,18 +146,23 @@ impl<P: Platform, T: Transport> Driver<P, T> {
         outcome.map(|()| usize::try_from(handled).unwrap_or(usize::MAX))
     }
 
-    /// Takes the events that have arrived, at most a queue of them, and gives their buffers back. `take` gets each;
-    /// those that it gives back are kept, in order, for [`handle_events`](Self::handle_events). Gives how many there
-    /// were.
+    /// Takes the events that have arrived, those that an earlier call kept and at most a queue of others, and gives
+    /// their buffers back. `take` gets each; those that it gives back are kept, in order, for
+    /// [`handle_events`](Self::handle_events).
     ///
     /// # Errors
     /// [`SweepError`]; events that were collected are taken or kept.
     pub(crate) fn sweep_events(
         &mut self,
         mut take: impl FnMut(Event) -> Option<Event>,
-    ) -> Result<u16, SweepError> {
-        let mut found = 0;
+    ) -> Result<(), SweepError> {
         let mut outcome = Ok(());
+        for _ in 0..self.events.kept.len() {
+            match self.events.kept.pop_front().and_then(&mut take) {
+                Some(event) => self.events.kept.push_back(event),
+                None => self.events.counters.delivered += 1,
+            }
+        }
         for _ in 0..self.events.layout().size {
             if self.events.kept.len() >= MAX_KEPT_EVENTS {
                 outcome = Err(SweepError::Kept);
@@ -165,7 +170,6 @@ impl<P: Platform, T: Transport> Driver<P, T> {
             }
             match self.events.take(self.platform.memory()) {
                 Ok(Some(event)) => {
-                    found += 1;
                     let Some(event) = event else { continue };
                     match take(event) {
                         Some(event) => self.events.kept.push_back(event),
@@ -180,7 +184,7 @@ impl<P: Platform, T: Transport> Driver<P, T> {
             }
         }
         self.post_event_buffers()?;
-        outcome.map(|()| found)
+        outcome
     }
 
     /// How many events are kept for [`handle_events`](Self::handle_events): some may wait there although the queue is

@@ -6,7 +6,9 @@
 //!
 //! Where the endpoint has [page requests](Sva::has_page_requests), what it uses need not be mapped before: an access
 //! waits while the [`FaultHandler`] of its process makes the page and answers. [`DemandPaged`] is such a handler, for
-//! memory that comes from the platform's allocator.
+//! memory that comes from the platform's allocator. Where it has none, as behind an SMMUv3 of a host that cannot hand
+//! stalls on, the memory of a process has to be there before: [`DemandPaged::pin`] makes it, and
+//! [`bind`](Sva::bind) refuses what is not there instead of letting the endpoint fault.
 //!
 //! ```
 //! use pgtable_formats::format::Attrs;
@@ -25,9 +27,12 @@
 //!     let mut sva = Sva::new(driver, endpoint, SvaOptions::default())?;
 //!
 //!     let heap = IovaRange::from_length(Iova(0x7f00_0000_0000), 1 << 30).ok_or("empty")?;
-//!     let space = AddressSpace::new(driver, endpoint, SpaceOptions::default())?;
-//!     let mut memory = DemandPaged::new(&space, 1 << 16);
+//!     let mut space = AddressSpace::new(driver, endpoint, SpaceOptions::default())?;
+//!     let mut memory = DemandPaged::new(&space, 1 << 18);
 //!     memory.add_area(Area { range: heap, attrs: Attrs::READ_WRITE })?;
+//!     if !sva.has_page_requests() {
+//!         memory.pin(driver, &mut space)?;
+//!     }
 //!     let process = processes.add(space, memory);
 //!     let handle = sva.bind(driver, &mut processes, process)?;
 //!
@@ -55,12 +60,15 @@
 //! 1. The caller has stopped the device: no new work names the PASID.
 //! 2. The binding is marked. From here on each page request of the PASID is answered INVALID, and no handler is asked.
 //! 3. The entry of the PASID is cleared (or the page table unbound, where the device keeps the entries).
-//! 4. PASID cache and TLB of the PASID are invalidated. When that has returned, no access uses the process's memory.
-//! 5. The event queue is drained: what it holds for the PASID is taken out; events of others are kept for
-//!    [`Driver::handle_events`](crate::Driver::handle_events).
-//! 6. Every group of the PASID that was not answered is answered INVALID, those included that a handler has kept for
-//!    later.
-//! 7. Only then another process may get the PASID.
+//! 4. PASID cache and TLB of the PASID are invalidated. When that has returned, no access uses the process's memory, and
+//!    the device has answered INVALID every page request of the PASID, those included whose group is not whole. It tells
+//!    of none of them any more.
+//! 5. What it has told before is taken out of the event queue and forgotten, and so are the groups that gather, that wait
+//!    for their handler, or that a handler has kept for later: nobody waits for an answer to them. Events of others are
+//!    kept for [`Driver::handle_events`](crate::Driver::handle_events).
+//! 6. Only then another process may get the PASID: none of its groups is taken for one of the process before.
+//!
+//! Linux answers in step 5 what it finds. Here the device has done so, and tells of it by NOENT: no request is needed.
 //!
 //! A step that fails leaves the PASID taken and the binding marked: another attempt goes on where the first one stopped.
 //!

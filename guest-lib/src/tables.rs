@@ -16,9 +16,11 @@
 //! | a PASID gets an address space | PASID, PASID cache: entries are cached in any state | [`PasidTable::bind`] |
 //! | a PASID loses it | PASID, PASID cache and TLB | [`PasidTable::unbind`] |
 //!
-//! Tables that an unmap leaves empty are given back to the allocator only after their invalidation succeeded: until
+//! Tables that an unmap leaves empty stay for the next mapping, unless all that they translate was unmapped, or
+//! [`EmptyTables`] says otherwise. Where they go, the allocator gets them only after their invalidation succeeded: until
 //! then the hardware may still read them.
 
+mod change;
 mod choice;
 mod lent;
 mod pasid;
@@ -35,7 +37,7 @@ use viommu_wire::{EndpointId, IovaRange, Pasid};
 use crate::RequestError;
 
 pub use pasid::{PasidTable, Style, TableOptions};
-pub use space::{AddressSpace, SpaceOptions, Stale};
+pub use space::{AddressSpace, EmptyTables, SpaceOptions, Stale};
 
 /// Why tables were not made or changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

@@ -7,7 +7,7 @@ use viommu_wire::{DomainId, EndpointId, Event, Features, PageRequestFlags, PageR
 
 use super::SvaError;
 use super::groups::{GroupCounters, GroupLimits, Groups};
-use super::process::{ProcessId, Processes};
+use super::process::{FaultHandler, ProcessId, Processes};
 use super::serve::ServeCounters;
 use crate::Driver;
 use crate::hal::{Platform, Transport};
@@ -19,7 +19,8 @@ use crate::tables::{AddressSpace, PasidTable, SpaceOptions, TableError, TableOpt
 pub struct SvaOptions {
     /// How its PASIDs are handed over: by default, in the way that the device prefers.
     pub table: TableOptions,
-    /// The domain; `None` takes a new one. Endpoints that share one must each have an [`Sva`] in it.
+    /// The domain; `None` takes a new one. Endpoints that share one must each have an [`Sva`] in it, and should not have
+    /// page requests: what invalidates a PASID of one ends the page requests that another has with the same number.
     pub domain: Option<DomainId>,
     /// Give untagged DMA an address space, see [`Sva::untagged`]. Without, it faults, and so do the interrupts of an
     /// endpoint behind an SMMUv3.
@@ -73,7 +74,7 @@ pub struct Sva {
     by_process: BTreeMap<ProcessId, Pasid>,
     pub(super) groups: Groups,
     pub(super) counters: ServeCounters,
-    /// Responses to be sent; empty in between, kept for its memory.
+    /// Responses to be sent; empty in between, unless a handler panicked and the embedder went on. Kept for its memory.
     pub(super) answers: Vec<PageResponse>,
 }
 
@@ -154,7 +155,8 @@ impl Sva {
         self.table.format()
     }
 
-    /// Whether its accesses wait for pages that are not there. Without, what it uses has to be mapped before.
+    /// Whether its accesses wait for pages that are not there. Without, what it uses has to be there before:
+    /// [`DemandPaged::pin`](super::DemandPaged::pin).
     pub const fn has_page_requests(&self) -> bool {
         self.has_page_requests
     }
@@ -193,9 +195,15 @@ impl Sva {
     /// Lets the endpoint work for `process`: its accesses with the handle's PASID go through the process's page table.
     /// Binding a process once more gives the same PASID; each handle is to be unbound.
     ///
+    /// An endpoint without [page requests](Self::has_page_requests) takes processes only whose memory is
+    /// [pinned](super::FaultHandler::is_pinned): its accesses fault where a page is missing.
+    ///
     /// # Errors
-    /// [`SvaError::NoProcess`], [`SvaError::Ended`], [`SvaError::Unbinding`], [`SvaError::Table`].
-    pub fn bind<P: Platform, T: Transport, H>(
+    /// [`SvaError::NoProcess`], [`SvaError::Ended`], [`SvaError::NotPinned`], [`SvaError::Unbinding`];
+    /// [`SvaError::Table`], where [`NoPasid`](TableError::NoPasid) says that all PASIDs are taken, and
+    /// [`Mismatch`](TableError::Mismatch) that the process's address space was made for other hardware, or with pages that
+    /// this endpoint's hardware does not have.
+    pub fn bind<P: Platform, T: Transport, H: FaultHandler<P, T>>(
         &mut self,
         driver: &mut Driver<P, T>,
         processes: &mut Processes<H>,
@@ -204,6 +212,9 @@ impl Sva {
         let bound = processes.get_mut(process).ok_or(SvaError::NoProcess(process))?;
         if bound.has_ended() {
             return Err(SvaError::Ended(process));
+        }
+        if !self.has_page_requests && !bound.handler().is_pinned() {
+            return Err(SvaError::NotPinned(process));
         }
         let endpoint = self.endpoint();
         if let Some(&pasid) = self.by_process.get(&process) {
@@ -233,9 +244,8 @@ impl Sva {
     /// left, and its PASID is free.
     ///
     /// # Errors
-    /// The handle with [`SvaError::NotBound`]; with [`SvaError::Events`], [`SvaError::Table`], [`SvaError::Request`],
-    /// [`SvaError::Queue`], where the PASID stays taken, its page requests are answered INVALID, and another attempt goes
-    /// on.
+    /// The handle with [`SvaError::NotBound`]; with [`SvaError::Table`], [`SvaError::Events`], [`SvaError::Queue`], where
+    /// the PASID stays taken, its page requests are answered INVALID, and another attempt goes on.
     pub fn unbind<P: Platform, T: Transport, H>(
         &mut self,
         driver: &mut Driver<P, T>,
@@ -313,7 +323,7 @@ impl Sva {
         self.by_process.insert(binding.process, pasid);
     }
 
-    /// Steps 3 to 7. Step 2 was to leave the binding without handles.
+    /// Steps 3 to 6. Step 2 was to leave the binding without handles.
     fn finish_unbind<P: Platform, T: Transport, H>(
         &mut self,
         driver: &mut Driver<P, T>,
@@ -328,37 +338,40 @@ impl Sva {
                 self.table.take_away(driver, Some(pasid), space)?;
             }
         }
-        self.drain(driver)?;
-        self.groups.close_pasid(pasid, &mut self.answers);
-        self.send_answers(driver)?;
+        self.drain(driver, pasid)?;
+        self.groups.forget_pasid(pasid);
+        // Left by a handler that did not return.
+        self.answers.retain(|answer| answer.pasid != Some(pasid));
         self.by_pasid.remove(&pasid);
         self.by_process.remove(&process);
         self.table.give_back(Some(pasid));
         Ok(())
     }
 
-    /// Takes in what the event queue holds for this endpoint.
+    /// Takes what the device has told of `pasid` out of the event queue, and takes the rest of this endpoint's in.
     ///
-    /// When a table was taken away, the device has told of every page request for it or has answered it. Those told lie
-    /// in buffers by now, except where there were none: so it is looked again until some were left.
-    fn drain<P: Platform, T: Transport>(&mut self, driver: &mut Driver<P, T>) -> Result<(), SvaError> {
-        if !driver.features().contains(Features::PAGE_REQUEST) {
+    /// When a table was taken away, the device tells of no page request for it any more. So all that it has told
+    /// lies in buffers by now, and there are no more than the queue has: to look once is enough.
+    fn drain<P: Platform, T: Transport>(
+        &mut self,
+        driver: &mut Driver<P, T>,
+        pasid: Pasid,
+    ) -> Result<(), SvaError> {
+        if !self.has_page_requests {
             return Ok(());
         }
-        let size = driver.events.layout().size;
-        for _ in 0..MAX_SWEEPS {
-            let swept = driver.sweep_events(|event| match event {
-                Event::PageRequest(request) if request.endpoint == self.endpoint() => {
-                    self.groups.add(request);
-                    None
+        driver.sweep_events(|event| match event {
+            Event::PageRequest(request) if request.endpoint == self.endpoint() => {
+                if request.pasid == Some(pasid) {
+                    self.groups.drain();
+                } else {
+                    self.take_in(request);
                 }
-                event => Some(event),
-            });
-            if swept? < size {
-                return Ok(());
+                None
             }
-        }
-        Err(SvaError::Events)
+            event => Some(event),
+        })?;
+        Ok(())
     }
 
     fn release_untagged<P: Platform, T: Transport>(
@@ -384,7 +397,3 @@ impl Sva {
         }
     }
 }
-
-/// How often an event queue that is full is swept for one unbind. The device's own bound on page requests ends it long
-/// before.
-const MAX_SWEEPS: u32 = 256;

@@ -11,7 +11,9 @@ use crate::tables::TableError;
 /// Why a process was not bound, unbound or answered for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SvaError {
-    /// PROBE gives the endpoint no PASIDs.
+    /// PROBE gives the endpoint no PASIDs: its DMA is untagged, and reaches one address space at a time. See
+    /// [`PasidTable::bind_at`](crate::tables::PasidTable::bind_at) for tables of the guest's own, and
+    /// [`MappedDomain`](crate::MappedDomain) for those of the device.
     #[error("endpoint {0} has no PASIDs")]
     NoPasids(EndpointId),
     /// Every domain is in use.
@@ -23,6 +25,10 @@ pub enum SvaError {
     /// The process has ended.
     #[error("{0} has ended")]
     Ended(ProcessId),
+    /// The endpoint has no page requests, and not all memory of the process is there: see
+    /// [`DemandPaged::pin`](super::DemandPaged::pin).
+    #[error("{0} is not pinned, and the endpoint cannot wait for pages")]
+    NotPinned(ProcessId),
     /// An unbind of the process has not succeeded yet: see [`Sva::retry_unbinds`](super::Sva::retry_unbinds).
     #[error("{0} is being unbound")]
     Unbinding(ProcessId),
@@ -32,7 +38,7 @@ pub enum SvaError {
     /// Processes are bound still.
     #[error("processes are still bound")]
     InUse,
-    /// The group was answered already: by an unbind, or by the device, which uses its number anew.
+    /// The group was answered already: by the device, when its PASID was unbound, or before it used its number anew.
     #[error("the group needs no answer any more")]
     Answered,
     /// Too many events of others wait in front: [`Driver::handle_events`](crate::Driver::handle_events) first.

@@ -36,6 +36,10 @@ pub struct GroupCounters {
     pub evicted: u64,
     /// Groups that the device used the number of anew, so that it must have answered by itself.
     pub superseded: u64,
+    /// Groups whose PASID was unbound before they were answered: the device has answered them INVALID by itself.
+    pub revoked: u64,
+    /// Requests that an unbind found in the event queue: the same holds for them.
+    pub drained: u64,
     /// Groups that were answered INVALID because a bound was reached.
     pub refused: u64,
     /// Requests that could be neither kept nor answered: a bound was reached, and their group is not whole, or too many
@@ -61,7 +65,6 @@ pub(super) struct Groups {
     endpoint: EndpointId,
     limits: GroupLimits,
     by_key: BTreeMap<Key, Group>,
-    by_pasid: BTreeMap<Option<Pasid>, usize>,
     /// All that are ready, in the order in which they got so.
     ready: VecDeque<Key>,
     /// Whole groups that there was no room for; at most [`GroupLimits::groups`].
@@ -110,7 +113,6 @@ impl Groups {
             endpoint,
             limits,
             by_key: BTreeMap::new(),
-            by_pasid: BTreeMap::new(),
             ready: VecDeque::new(),
             refused: VecDeque::new(),
             next_serial: 0,
@@ -120,6 +122,8 @@ impl Groups {
                 truncated: 0,
                 evicted: 0,
                 superseded: 0,
+                revoked: 0,
+                drained: 0,
                 refused: 0,
                 dropped: 0,
             },
@@ -148,11 +152,14 @@ impl Groups {
             self.counters.superseded += 1;
             self.remove(key);
         }
+        if !self.refused.is_empty() {
+            // Another group has the name by now.
+            self.refused.retain(|refused| *refused != key);
+        }
         if !self.by_key.contains_key(&key) && !self.make_room(request.pasid) {
             return self.refuse(key, request.last);
         }
         let group = self.by_key.entry(key).or_insert_with(|| {
-            *self.by_pasid.entry(key.0).or_default() += 1;
             self.next_serial += 1;
             Group { serial: self.next_serial, state: State::Gathering, requests: Vec::new() }
         });
@@ -168,6 +175,12 @@ impl Groups {
             group.state = State::Ready;
             self.ready.push_back(key);
         }
+    }
+
+    /// Counts a request whose PASID is being unbound.
+    pub(super) const fn drain(&mut self) {
+        self.counters.received += 1;
+        self.counters.drained += 1;
     }
 
     /// The group that has been ready for longest. It counts as kept until it is [closed](Self::close).
@@ -194,16 +207,16 @@ impl Groups {
         is_open
     }
 
-    /// Forgets the groups of a PASID, and gives the answers that they have to get. One that is not whole gets its answer
-    /// when it is.
-    pub(super) fn close_pasid(&mut self, pasid: Pasid, answers: &mut Vec<PageResponse>) {
+    /// Forgets everything of a PASID, which the device has answered by itself: an answer might meet a group of whoever
+    /// gets the PASID next.
+    pub(super) fn forget_pasid(&mut self, pasid: Pasid) {
         let whole = (Some(pasid), 0)..=(Some(pasid), u16::MAX);
         let keys: Vec<Key> = self.by_key.range(whole).map(|(key, _)| *key).collect();
         for key in keys {
-            if self.remove(key).is_some_and(|group| group.state != State::Gathering) {
-                answers.push(response(self.endpoint, key, PageResponseCode::Invalid));
-            }
+            self.counters.revoked += 1;
+            self.remove(key);
         }
+        self.refused.retain(|(other, _)| *other != Some(pasid));
     }
 
     /// The answers that refused groups have to get.
@@ -213,7 +226,9 @@ impl Groups {
     }
 
     fn make_room(&mut self, pasid: Option<Pasid>) -> bool {
-        if self.by_pasid.get(&pasid).is_some_and(|groups| *groups >= self.limits.groups_per_pasid) {
+        let of_pasid = || self.by_key.range((pasid, 0)..=(pasid, u16::MAX)).count();
+        // Few groups at all need no counting.
+        if self.by_key.len() >= self.limits.groups_per_pasid && of_pasid() >= self.limits.groups_per_pasid {
             return self.evict(|(other, _)| other == pasid);
         }
         self.by_key.len() < self.limits.groups || self.evict(|_| true)
@@ -246,12 +261,6 @@ impl Groups {
 
     fn remove(&mut self, key: Key) -> Option<Group> {
         let group = self.by_key.remove(&key)?;
-        if let Some(groups) = self.by_pasid.get_mut(&key.0) {
-            *groups -= 1;
-            if *groups == 0 {
-                self.by_pasid.remove(&key.0);
-            }
-        }
         if group.state == State::Ready {
             self.ready.retain(|ready| *ready != key);
         }

@@ -73,6 +73,8 @@ pub struct DemandPaged {
     pages: BTreeMap<Iova, Gpa>,
     max_pages: usize,
     page_lg2: u8,
+    /// Every page of every area is there.
+    pinned: bool,
     counters: PagingCounters,
 }
 
@@ -84,6 +86,7 @@ impl DemandPaged {
             pages: BTreeMap::new(),
             max_pages,
             page_lg2: space.page_lg2(),
+            pinned: false,
             counters: PagingCounters::default(),
         }
     }
@@ -99,6 +102,7 @@ impl DemandPaged {
             return Err(PagingError::Overlap(other.range));
         }
         self.areas.insert(place, area);
+        self.pinned = false;
         Ok(())
     }
 
@@ -129,16 +133,50 @@ impl DemandPaged {
         access: AccessFlags,
     ) -> Result<Gpa, PagingError> {
         let output = self.try_populate(driver, space, at, access);
-        if output.is_err() {
+        if let Err(error) = &output {
             self.counters.failed += 1;
+            // A change of permission that failed may have taken pages out.
+            self.pinned &= !matches!(error, PagingError::Table(_));
         }
         output
+    }
+
+    /// Makes every page of every area: for endpoints without page requests, and where no access may wait. Pages that are
+    /// [discarded](Self::discard) later, and those of areas that are added later, are not there until this is called
+    /// again.
+    ///
+    /// # Errors
+    /// [`PagingError`]; the pages that were made stay.
+    pub fn pin<P: Platform, T: Transport>(
+        &mut self,
+        driver: &mut Driver<P, T>,
+        space: &mut AddressSpace,
+    ) -> Result<(), PagingError> {
+        if self.whole_pages() > self.max_pages as u64 {
+            return Err(PagingError::Full);
+        }
+        for Area { range, attrs } in self.areas.clone() {
+            let access = if attrs.write { AccessFlags::WRITE } else { AccessFlags::READ };
+            let mut next = Some(range.start());
+            while let Some(at) = next.filter(|at| *at <= range.last()) {
+                self.populate(driver, space, at, access)?;
+                next = at.checked_add(1 << self.page_lg2);
+            }
+        }
+        self.pinned = true;
+        Ok(())
+    }
+
+    /// Whether every page of every area is there since it was [pinned](Self::pin).
+    pub const fn is_pinned(&self) -> bool {
+        self.pinned
     }
 
     /// Changes what the areas in `range` allow, and the pages that are there; gaps stay gaps.
     ///
     /// # Errors
-    /// [`PagingError::Table`]: some pages may be changed, the areas are as before.
+    /// [`PagingError::Table`]: some pages may be changed, or not be there until the next access; the areas are as before.
+    /// Nothing is [pinned](Self::pin) any more.
     pub fn protect<P: Platform, T: Transport>(
         &mut self,
         driver: &mut Driver<P, T>,
@@ -146,7 +184,7 @@ impl DemandPaged {
         range: IovaRange,
         attrs: Attrs,
     ) -> Result<(), PagingError> {
-        space.protect(driver, range, attrs)?;
+        space.protect(driver, range, attrs).inspect_err(|_| self.pinned = false)?;
         let part = |first: Option<Iova>, last: Option<Iova>, attrs| {
             let range = IovaRange::new(first?, last?)?;
             Some(Area { range, attrs })
@@ -177,6 +215,7 @@ impl DemandPaged {
         space: &mut AddressSpace,
         range: IovaRange,
     ) -> Result<(), PagingError> {
+        self.pinned = false;
         space.unmap(driver, range)?;
         let (_, alloc) = driver.platform.parts();
         let gone: Vec<Iova> = self.pages.range(range.start()..=range.last()).map(|(at, _)| *at).collect();
@@ -256,6 +295,12 @@ impl DemandPaged {
         Ok(mapped?)
     }
 
+    /// Pages of all areas; `u64::MAX` where there are more.
+    fn whole_pages(&self) -> u64 {
+        let pages = |area: &Area| (area.range.length_minus_one() >> self.page_lg2).saturating_add(1);
+        self.areas.iter().map(pages).fold(0, u64::saturating_add)
+    }
+
     fn area_of(&self, at: Iova) -> Option<Area> {
         let behind = self.areas.partition_point(|area| area.range.start() <= at);
         let area = self.areas.get(behind.checked_sub(1)?)?;
@@ -269,6 +314,10 @@ impl DemandPaged {
 }
 
 impl<P: Platform, T: Transport> FaultHandler<P, T> for DemandPaged {
+    fn is_pinned(&self) -> bool {
+        self.pinned
+    }
+
     fn handle(
         &mut self,
         driver: &mut Driver<P, T>,

@@ -71,6 +71,12 @@ impl Answer {
 
 /// Answers for the pages of a process.
 pub trait FaultHandler<P: Platform, T: Transport> {
+    /// Whether all memory of the process that devices may use is there and stays there, so that an endpoint without page
+    /// requests may work for it. [`Sva::bind`](super::Sva::bind) asks.
+    fn is_pinned(&self) -> bool {
+        false
+    }
+
     /// Makes the pages of `group` present in `space`, with the permissions that the accesses need, and answers.
     ///
     /// A page that was not mapped is mapped; nothing has to be invalidated. One that is mapped with too little is changed
@@ -88,12 +94,20 @@ pub trait FaultHandler<P: Platform, T: Transport> {
 pub struct Unpaged;
 
 impl<P: Platform, T: Transport> FaultHandler<P, T> for Unpaged {
+    fn is_pinned(&self) -> bool {
+        true
+    }
+
     fn handle(&mut self, _: &mut Driver<P, T>, _: &mut AddressSpace, _: &PageGroup<'_>) -> Answer {
         Answer::Invalid
     }
 }
 
 impl<P: Platform, T: Transport, H: FaultHandler<P, T> + ?Sized> FaultHandler<P, T> for Box<H> {
+    fn is_pinned(&self) -> bool {
+        (**self).is_pinned()
+    }
+
     fn handle(
         &mut self,
         driver: &mut Driver<P, T>,

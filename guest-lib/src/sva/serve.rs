@@ -1,6 +1,6 @@
 //! Page requests: taken in, handed to the process's handler, answered.
 
-use viommu_wire::{Event, PageResponseCode, Request, Status};
+use viommu_wire::{Event, PageRequest, PageResponse, PageResponseCode, Request, Status};
 
 use super::endpoint::Sva;
 use super::groups::{Ready, Token};
@@ -30,11 +30,21 @@ impl Sva {
     pub fn receive(&mut self, event: &Event) -> bool {
         match event {
             Event::PageRequest(request) if request.endpoint == self.endpoint() => {
-                self.groups.add(*request);
+                self.take_in(*request);
                 true
             }
             Event::PageRequest(_) | Event::Fault(_) => false,
         }
+    }
+
+    pub(super) fn take_in(&mut self, request: PageRequest) {
+        if !self.answers.is_empty() {
+            // Another group has the name by now.
+            let is_other =
+                |answer: &PageResponse| (answer.pasid, answer.group_id) != (request.pasid, request.group_id);
+            self.answers.retain(is_other);
+        }
+        self.groups.add(request);
     }
 
     /// Whether [`serve`](Self::serve) has something to do.

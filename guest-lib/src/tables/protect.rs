@@ -4,8 +4,10 @@ use alloc::vec::Vec;
 
 use pgtable_formats::edit::EditError;
 use pgtable_formats::format::{Attrs, Entry, Format};
-use pgtable_formats::visit::{Leaf, leaf_at};
-use pgtable_formats::{Gpa, Iova, IovaRange, TableMem};
+use pgtable_formats::visit::Leaf;
+use pgtable_formats::{Gpa, IovaRange, TableMem};
+
+use super::change::{covered, first_leaf};
 
 /// A piece of a mapping that is to be taken out and mapped anew.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,26 +35,23 @@ pub(super) fn in_place<F: Format, M: TableMem>(
         return Err(EditError::Unaligned);
     }
     let mut anew = Vec::new();
-    let mut next = Some(range.start());
-    while let Some(at) = next.filter(|at| *at <= range.last()) {
-        let Some(leaf) = leaf_at(format, memory, at)? else {
-            next = beyond(format, memory, at)?;
-            continue;
-        };
-        let last = Iova(leaf.iova.0 | ((1 << leaf.size_lg2) - 1));
-        let is_whole = range.contains(leaf.iova) && range.contains(last);
+    let mut rest = Some(range);
+    while let Some(part) = rest {
+        let Some(leaf) = first_leaf(format, memory, part)? else { break };
+        let covered = covered(&leaf);
         let old = format.attrs(leaf.level, leaf.entry);
         let new = permitting(old, attrs);
         if new != old {
-            if is_whole && !format.is_contiguous(leaf.entry) {
+            if range.covers(covered) && !format.is_contiguous(leaf.entry) {
                 replace(format, memory, &leaf, attrs)?;
             } else {
-                let end = last.min(range.last());
-                let output = Gpa(leaf.output.0 + (at.0 - leaf.iova.0));
-                anew.extend(IovaRange::new(at, end).map(|range| Piece { range, output, attrs: new }));
+                let start = covered.start().max(part.start());
+                let output = Gpa(leaf.output.0 + (start.0 - leaf.iova.0));
+                let piece = IovaRange::new(start, covered.last().min(part.last()));
+                anew.extend(piece.map(|range| Piece { range, output, attrs: new }));
             }
         }
-        next = last.checked_add(1);
+        rest = covered.last().checked_add(1).and_then(|next| IovaRange::new(next, range.last()));
     }
     Ok(anew)
 }
@@ -79,21 +78,4 @@ fn replace<F: Format, M: TableMem>(
         }
     }
     Err(EditError::Raced)
-}
-
-/// The first address behind the entry that ends the walk of `at`, which meets no leaf: a gap may be large.
-///
-/// # Errors
-/// [`EditError::InputRange`] where the tables do not translate `at`; [`EditError::NotMemory`].
-fn beyond<F: Format, M: TableMem>(format: &F, memory: &M, at: Iova) -> Result<Option<Iova>, EditError> {
-    let access = pgtable_formats::Access { kind: pgtable_formats::AccessKind::Read, privileged: true };
-    let index = format.admit(at, access).map_err(|_| EditError::InputRange)?;
-    let (mut table, mut level) = (format.root(), format.top_level());
-    loop {
-        let entry = memory.load(Gpa(table.0 | format.index(level, index) << 3))?;
-        match (format.decode(level, entry), level.checked_sub(1)) {
-            (Entry::Table(next), Some(below)) => (table, level) = (next, below),
-            _ => return Ok(Iova(at.0 | ((1 << format.entry_lg2(level)) - 1)).checked_add(1)),
-        }
-    }
 }

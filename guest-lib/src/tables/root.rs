@@ -94,6 +94,14 @@ impl Table {
             TableError::Unsupported
         })
     }
+
+    /// log2 of the bytes that the root takes.
+    pub(super) const fn root_lg2(&self) -> u8 {
+        match self {
+            Self::Smmuv3 { format, .. } => format.params().root_lg2(),
+            Self::Vtd(_) => MIN_ALLOC_LG2,
+        }
+    }
 }
 
 /// Whether a valid leaf may be replaced by a table without taking it out first: break-before-make level 2.

@@ -3,17 +3,17 @@
 use alloc::vec::Vec;
 
 use pgtable_formats::context::{Stage1, smmuv3, vtd};
-use pgtable_formats::edit::{EditError, EditOptions, Editor, Partial};
+use pgtable_formats::edit::{EditError, EditOptions};
 use pgtable_formats::format::{Attrs, Format};
-use pgtable_formats::{Access, Fault, TableAlloc, Translation};
+use pgtable_formats::{Access, Fault, Translation};
 use viommu_wire::{
     Caches, DomainId, EndpointId, Gpa, Invalidate, InvalidateScope, Iova, IovaRange, Pasid, Request, Status,
 };
 
 use super::TableError;
-use super::lent::{Lent, Retired};
+use super::lent::Retired;
 use super::protect::{self, Piece};
-use super::root::{INPUT_BITS, MIN_ALLOC_LG2, Table, can_split};
+use super::root::{Table, can_split};
 use super::windows::Windows;
 use crate::hal::{Platform, Transport};
 use crate::probe::{Endpoint, Hardware};
@@ -27,6 +27,22 @@ pub struct SpaceOptions {
     /// Mark contiguous groups where the format has them. A group is only unmapped as a whole, unless the hardware
     /// lets it be split.
     pub contiguous: bool,
+    /// What becomes of tables in which nothing is mapped any more.
+    pub empty_tables: EmptyTables,
+}
+
+/// What becomes of a page table's tables in which nothing is mapped any more.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum EmptyTables {
+    /// They stay where an unmap covers only a part of what they translate, ready for the next mapping; so an unmap of
+    /// single pages invalidates leaves only. One that covers all of it gives them back. What stays is bounded by the
+    /// addresses that the space has ever mapped, one page for each 2 MiB of them where pages have 4 KiB, and goes with
+    /// [`trim`](AddressSpace::trim), [`close`](AddressSpace::close) and [`release`](AddressSpace::release).
+    #[default]
+    Keep,
+    /// They go at once. Where mappings come and go alone, each costs tables on all levels, and an invalidation of what
+    /// the hardware cached of them.
+    Free,
 }
 
 /// A stage-1 page table in guest memory, for addresses of 48 bits.
@@ -41,12 +57,14 @@ pub struct SpaceOptions {
 /// over it. VT-d takes interrupts out before it translates, so there no window is mapped.
 #[derive(Debug)]
 pub struct AddressSpace {
-    table: Table,
-    edit: EditOptions,
+    pub(super) table: Table,
+    pub(super) edit: EditOptions,
     users: Vec<User>,
     /// MSI windows that are mapped, in whole pages.
-    windows: Windows,
-    retired: Retired,
+    pub(super) windows: Windows,
+    pub(super) retired: Retired,
+    /// Some tables may be empty.
+    pub(super) has_empty: bool,
     /// What no invalidation covered yet; `retired` is part of it.
     stale: Option<Stale>,
     /// Nothing is mapped any more.
@@ -80,11 +98,6 @@ impl Stale {
     }
 }
 
-/// What the lower half of an Arm address space translates, the only one that is used.
-const LOWER_HALF: IovaRange = match IovaRange::from_length(Iova(0), 1 << INPUT_BITS) {
-    Some(range) => range,
-    None => IovaRange::ALL,
-};
 /// What an interrupt needs: a write to device memory.
 const DOORBELL: Attrs = Attrs { memory_type: 1, ..Attrs::READ_WRITE };
 
@@ -103,13 +116,15 @@ impl AddressSpace {
             Some(Hardware::Smmuv3(caps)) => (Table::smmuv3(driver, &caps, options)?, can_split(&caps)),
             Some(Hardware::Vtd(caps)) => (Table::vtd(driver, &caps, options)?, true),
         };
-        let edit = EditOptions { contiguous: options.contiguous, split, ..EditOptions::default() };
+        let keep_tables = options.empty_tables == EmptyTables::Keep;
+        let edit = EditOptions { contiguous: options.contiguous, split, keep_tables };
         Ok(Self {
             table,
             edit,
             users: Vec::new(),
             windows: Windows::default(),
             retired: Retired::default(),
+            has_empty: false,
             stale: None,
             closed: false,
         })
@@ -144,7 +159,8 @@ impl AddressSpace {
     ///
     /// # Errors
     /// [`TableError::Closed`]; [`TableError::MsiWindow`] where interrupts go there; [`TableError::Edit`] where something
-    /// is mapped there already, or cannot be: then nothing of `range` is new. [`TableError::Request`] where undoing a part failed.
+    /// is mapped there already, or cannot be: then nothing of `range` is new. [`TableError::Request`] where undoing a part
+    /// failed, or giving back empty tables.
     pub fn map<P: Platform, T: Transport>(
         &mut self,
         driver: &mut Driver<P, T>,
@@ -312,37 +328,6 @@ impl AddressSpace {
         self.stage1().walk(driver.platform.memory(), iova, access)
     }
 
-    /// Gives the memory and the tag back.
-    ///
-    /// # Errors
-    /// The space itself with [`TableError::InUse`] where a PASID still uses it, or with what else is in the way.
-    #[expect(clippy::result_large_err, reason = "the space must not be lost")]
-    pub fn release<P: Platform, T: Transport>(
-        mut self,
-        driver: &mut Driver<P, T>,
-    ) -> Result<(), (Self, TableError)> {
-        if !self.users.is_empty() {
-            return Err((self, TableError::InUse));
-        }
-        let memory = &mut Lent::new(&mut driver.platform, &mut self.retired);
-        let (cleared, root_lg2) = match &self.table {
-            Table::Smmuv3 { format, .. } => {
-                (Editor::new(*format, memory, self.edit).clear(), format.params().root_lg2())
-            }
-            Table::Vtd(table) => (Editor::new(*table.format(), memory, self.edit).clear(), MIN_ALLOC_LG2),
-        };
-        if let Err(Partial { cause, .. }) = cleared {
-            return Err((self, cause.into()));
-        }
-        let (_, alloc) = driver.platform.parts();
-        self.retired.release_from(0, alloc);
-        alloc.free(self.root(), root_lg2.max(MIN_ALLOC_LG2));
-        if let Some(tag) = self.tag() {
-            driver.asids.release(tag.into());
-        }
-        Ok(())
-    }
-
     /// The context descriptor for an SMMUv3 with `caps`; `None` where it does not mean the same there.
     pub(super) fn descriptor(&self, caps: &smmuv3::Caps) -> Option<&smmuv3::Cd> {
         match &self.table {
@@ -394,6 +379,10 @@ impl AddressSpace {
         Ok(())
     }
 
+    pub(super) fn has_users(&self) -> bool {
+        !self.users.is_empty()
+    }
+
     pub(super) fn add_user(&mut self, user: User) {
         self.users.push(user);
     }
@@ -406,23 +395,7 @@ impl AddressSpace {
         self.users.retain(|known| *known != user);
     }
 
-    /// Unmaps everything but the windows.
-    fn remove_all<P: Platform, T: Transport>(&mut self, driver: &mut Driver<P, T>) -> Result<(), TableError> {
-        let kept = &self.windows;
-        let memory = &mut Lent::new(&mut driver.platform, &mut self.retired);
-        let removed = match &self.table {
-            Table::Smmuv3 { format, .. } => {
-                let mut editor = Editor::new(*format, memory, self.edit);
-                kept.outside(LOWER_HALF).into_iter().try_for_each(|part| editor.unmap(part).map(|_| ()))
-            }
-            // It has no windows, and an upper half.
-            Table::Vtd(table) => Editor::new(*table.format(), memory, self.edit).clear().map(|_| ()),
-        };
-        self.add_stale(Stale { range: IovaRange::ALL, leaf: false });
-        Ok(removed.map_err(|Partial { cause, .. }| cause)?)
-    }
-
-    fn add_stale(&mut self, stale: Stale) {
+    pub(super) fn add_stale(&mut self, stale: Stale) {
         self.stale = Some(self.stale.map_or(stale, |before| before.with(stale)));
     }
 
@@ -442,53 +415,5 @@ impl AddressSpace {
             return Err(TableError::MsiWindow(range));
         }
         Ok(())
-    }
-
-    /// Maps, or leaves nothing of `range` behind.
-    fn insert<P: Platform, T: Transport>(
-        &mut self,
-        driver: &mut Driver<P, T>,
-        range: IovaRange,
-        target: Gpa,
-        attrs: Attrs,
-    ) -> Result<(), TableError> {
-        let attrs = Attrs { global: false, ..attrs };
-        let before = self.retired.len();
-        let memory = &mut Lent::new(&mut driver.platform, &mut self.retired);
-        let mapped = match &self.table {
-            Table::Smmuv3 { format, .. } => Editor::new(*format, memory, self.edit).map(range, target, attrs),
-            Table::Vtd(table) => Editor::new(*table.format(), memory, self.edit).map(range, target, attrs),
-        };
-        let Err(Partial { done, cause }) = mapped else {
-            return Ok(());
-        };
-        match IovaRange::from_length(range.start(), done) {
-            // The device may have seen the part that was there for a moment.
-            Some(part) => self.unmap(driver, part)?,
-            // Tables that were to be new were never seen by anybody.
-            None => self.retired.release_from(before, driver.platform.parts().1),
-        }
-        Err(cause.into())
-    }
-
-    /// Unmaps, and notes what is stale even if that stopped on the way.
-    fn remove<P: Platform, T: Transport>(
-        &mut self,
-        driver: &mut Driver<P, T>,
-        range: IovaRange,
-    ) -> Result<(), TableError> {
-        let memory = &mut Lent::new(&mut driver.platform, &mut self.retired);
-        let unmapped = match &self.table {
-            Table::Smmuv3 { format, .. } => Editor::new(*format, memory, self.edit).unmap(range),
-            Table::Vtd(table) => Editor::new(*table.format(), memory, self.edit).unmap(range),
-        };
-        if let Err(Partial { cause: cause @ (EditError::Unaligned | EditError::InputRange), done: 0 }) =
-            unmapped
-        {
-            return Err(cause.into());
-        }
-        let leaf = unmapped.is_ok_and(|unmapped| !unmapped.tables_freed);
-        self.add_stale(Stale { range, leaf });
-        Ok(unmapped.map(|_| ()).map_err(|Partial { cause, .. }| cause)?)
     }
 }

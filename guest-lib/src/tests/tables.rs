@@ -1,6 +1,8 @@
 //! Tables in guest memory: what is bound is read back by lookup and walk, as hardware does, and every change is
 //! followed by the request that it needs.
 
+mod empty;
+
 use alloc::{vec, vec::Vec};
 
 use pgtable_formats::context::{Canonical, Context, smmuv3, vtd};
@@ -15,7 +17,9 @@ use viommu_wire::{
 
 use super::{TestDriver, driver, smmuv3_endpoint, vtd_endpoint};
 use crate::hal::fake::{FakeTransport, Mood};
-use crate::tables::{AddressSpace, PasidTable, SpaceOptions, Stale, Style, TableError, TableOptions};
+use crate::tables::{
+    AddressSpace, EmptyTables, PasidTable, SpaceOptions, Stale, Style, TableError, TableOptions,
+};
 use crate::{Endpoint, EndpointProperties, RequestError};
 
 const DOMAIN: DomainId = DomainId(5);
@@ -239,10 +243,18 @@ fn layouts_follow_the_number_of_pasids() {
 }
 
 fn bound(endpoint: &Endpoint) -> (TestDriver, FakeTransport, PasidTable, AddressSpace, Pasid) {
+    bound_with(endpoint, EmptyTables::Free)
+}
+
+fn bound_with(
+    endpoint: &Endpoint,
+    empty_tables: EmptyTables,
+) -> (TestDriver, FakeTransport, PasidTable, AddressSpace, Pasid) {
     let (mut driver, device) = driver();
     let mut table = PasidTable::new(&mut driver, endpoint, DOMAIN, TableOptions::default()).unwrap();
     table.attach(&mut driver).unwrap();
-    let mut space = AddressSpace::new(&mut driver, endpoint, SpaceOptions::default()).unwrap();
+    let options = SpaceOptions { empty_tables, ..SpaceOptions::default() };
+    let mut space = AddressSpace::new(&mut driver, endpoint, options).unwrap();
     let pasid = table.bind(&mut driver, &mut space).unwrap();
     (driver, device, table, space, pasid)
 }
@@ -751,6 +763,14 @@ proptest! {
     }
 }
 
+fn with_windows(id: u32, registers: smmuv3::IdRegisters, windows: &[IovaRange]) -> Endpoint {
+    let smmuv3::IdRegisters { idr0, idr1, idr3, idr5 } = registers;
+    let mut properties = vec![Property::HwArmSmmu3 { idr0, idr1, idr3, idr5 }];
+    let region = |&range| Property::ReservedRegion(ReservedRegion { kind: ReservedKind::Msi, range });
+    properties.extend(windows.iter().map(region));
+    Endpoint::new(EndpointId(id), EndpointProperties::parse(&super::area(&properties)))
+}
+
 /// A window smaller than a page takes the whole page, and endpoints whose windows differ may share a space.
 #[test]
 fn msi_windows_are_mapped_in_whole_pages() {
@@ -758,13 +778,7 @@ fn msi_windows_are_mapped_in_whole_pages() {
         idr5: smmuv3::IdRegisters::SOFTWARE.idr5 & !0x30,
         ..smmuv3::IdRegisters::SOFTWARE
     };
-    let smmuv3::IdRegisters { idr0, idr1, idr3, idr5 } = only_64k;
-    let behind = |id, windows: &[IovaRange]| {
-        let mut properties = vec![Property::HwArmSmmu3 { idr0, idr1, idr3, idr5 }];
-        let region = |&range| Property::ReservedRegion(ReservedRegion { kind: ReservedKind::Msi, range });
-        properties.extend(windows.iter().map(region));
-        Endpoint::new(EndpointId(id), EndpointProperties::parse(&super::area(&properties)))
-    };
+    let behind = |id, windows: &[IovaRange]| with_windows(id, only_64k, windows);
     let (mut driver, _) = driver();
     let before = driver.platform().alloc.live.clone();
     let first = behind(8, &[range(0x800_1000, 0x800_1fff)]);

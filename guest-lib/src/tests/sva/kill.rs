@@ -165,20 +165,8 @@ fn a_process_that_ends_at_any_point_leaves_nothing() {
             let device = story.device.clone();
             requests(&device);
             let driver = story.clean_up();
-            let answered: Vec<_> = requests(&device)
-                .into_iter()
-                .filter_map(|request| match request {
-                    Request::PageResponse(response) => Some((response.group_id, response.code)),
-                    _ => None,
-                })
-                .collect();
-            use PageResponseCode::Invalid;
-            let expected: &[_] = match stage {
-                4 | 5 => &[(1, Invalid)],
-                7 => &[(2, Invalid)],
-                _ => &[],
-            };
-            assert_eq!(answered, expected, "stage {stage}");
+            let is_answer = |request: &Request| matches!(request, Request::PageResponse(_));
+            assert!(!requests(&device).iter().any(is_answer), "stage {stage}: the device's to answer");
             assert_eq!(driver.platform().alloc.live, before, "stage {stage}");
         }
     }

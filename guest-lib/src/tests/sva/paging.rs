@@ -249,3 +249,80 @@ fn a_remap_breaks_before_it_makes() {
         sva.unbind(&mut driver, &mut processes, handle).unwrap();
     }
 }
+
+/// An endpoint that cannot wait works for processes whose memory is there, and for no others.
+#[test]
+fn an_endpoint_without_page_requests_takes_what_is_pinned() {
+    for endpoint in all(ENDPOINT) {
+        let (mut driver, device) = driver_with(OFFERED - Features::PAGE_REQUEST);
+        let before = driver.platform().alloc.live.clone();
+        let mut processes = Processes::new();
+        let mut sva = Sva::new(&mut driver, &endpoint, SvaOptions::default()).unwrap();
+        assert!(!sva.has_page_requests());
+        let id = process(&mut driver, &endpoint, &mut processes, 70);
+        let refused = Err(SvaError::NotPinned(id));
+        assert_eq!(sva.bind(&mut driver, &mut processes, id), refused);
+        let (space, memory) = processes.get_mut(id).unwrap().parts();
+        let read_only = IovaRange::from_length(Iova(HEAP + (1 << 30)), 3 << 12).unwrap();
+        memory.add_area(Area { range: read_only, attrs: Attrs::READ }).unwrap();
+        memory.pin(&mut driver, space).unwrap();
+        assert_eq!((memory.is_pinned(), memory.resident()), (true, 64 + 3));
+        requests(&device);
+        let handle = sva.bind(&mut driver, &mut processes, id).unwrap();
+
+        // What goes later, or comes later, has to be pinned anew before somebody else is bound.
+        let (space, memory) = processes.get_mut(id).unwrap().parts();
+        memory.discard(&mut driver, space, heap(1)).unwrap();
+        assert_eq!(sva.bind(&mut driver, &mut processes, id), refused);
+        let (space, memory) = processes.get_mut(id).unwrap().parts();
+        memory.pin(&mut driver, space).unwrap();
+        assert_eq!(memory.counters().made, 64 + 3 + 1);
+        let more = IovaRange::from_length(Iova(HEAP + (2 << 30)), 4 << 12).unwrap();
+        memory.add_area(Area { range: more, attrs: Attrs::READ }).unwrap();
+        assert_eq!(memory.pin(&mut driver, space), Err(PagingError::Full));
+        assert!(!memory.is_pinned());
+
+        let answers = |request: &Request| matches!(request, Request::PageResponse(_));
+        sva.unbind(&mut driver, &mut processes, handle).unwrap();
+        assert!(!requests(&device).iter().any(answers));
+        processes.remove(&mut driver, id).unwrap().release(&mut driver);
+        sva.release(&mut driver).map_err(|(_, error)| error).unwrap();
+        assert_eq!(driver.platform().alloc.live, before);
+    }
+}
+
+/// A change of permission that fails may have taken pages out: an endpoint that cannot wait takes the process again when
+/// they are back.
+#[test]
+fn what_could_not_be_protected_is_not_pinned() {
+    let contiguous = SpaceOptions { contiguous: true, ..SpaceOptions::default() };
+    for (endpoint, options) in all(ENDPOINT)
+        .into_iter()
+        .map(|one| (one, SpaceOptions::default()))
+        .chain([(arm(ENDPOINT, &[1]), contiguous)])
+    {
+        let (mut driver, device) = driver_with(OFFERED - Features::PAGE_REQUEST);
+        let mut processes = Processes::new();
+        let mut sva = Sva::new(&mut driver, &endpoint, SvaOptions::default()).unwrap();
+        let space = AddressSpace::new(&mut driver, &endpoint, options).unwrap();
+        let mut memory = DemandPaged::new(&space, 64);
+        memory.add_area(Area { range: heap(64), attrs: Attrs::READ_WRITE }).unwrap();
+        let id = processes.add(space, memory);
+        let (space, memory) = processes.get_mut(id).unwrap().parts();
+        memory.pin(&mut driver, space).unwrap();
+        let handle = sva.bind(&mut driver, &mut processes, id).unwrap();
+        let (space, memory) = processes.get_mut(id).unwrap().parts();
+        answer(&device, Status::DevErr);
+        memory.protect(&mut driver, space, heap(3), Attrs::READ).unwrap_err();
+        assert!(!memory.is_pinned());
+        assert_eq!(sva.bind(&mut driver, &mut processes, id), Err(SvaError::NotPinned(id)));
+        answer(&device, Status::Ok);
+        let (space, memory) = processes.get_mut(id).unwrap().parts();
+        memory.pin(&mut driver, space).unwrap();
+        assert!((0..64).all(|number| space.translate(&driver, page(number), Access::WRITE).is_ok()));
+        let again = sva.bind(&mut driver, &mut processes, id).unwrap();
+        for handle in [handle, again] {
+            sva.unbind(&mut driver, &mut processes, handle).unwrap();
+        }
+    }
+}
