@@ -164,11 +164,41 @@ fn dma_answers_pieces_or_a_reason() {
             ("dma 8 - 0xffffffffffffffff 1 r".into(), "fault unmapped".into()),
             ("dma 8 1048576 0 1 r".into(), "error PASID 1048576 has more than 20 bits".into()),
             ("dma 8 - 0 1 x".into(), "error `x` is neither r nor w".into()),
-            ("dma 8 - 0 1".into(), "error usage: dma ENDPOINT PASID|- IOVA N r|w".into()),
+            ("dma 8 - 0 1".into(), "error usage: dma ENDPOINT PASID|- IOVA N r|w [wait]".into()),
             ("dma 4294967296 - 0 1 r".into(), "error*".into()),
             ("dma -1 - 0 1 r".into(), "error*".into()),
         ],
     );
+}
+
+#[test]
+fn page_requests_are_offered_where_an_endpoint_may_wait() {
+    converse(
+        &["--page-requests", "8"],
+        &[
+            // PAGE_REQUEST is bit 56.
+            ("features".to_owned(), "features 0x1000001300000f7".to_owned()),
+            // What this endpoint cannot do by a page of the guest's is a fault as ever.
+            ("dma 8 - 0x1000 4 r wait".into(), "fault unattached".into()),
+            ("dma 7 - 0x1000 4 r wait".into(), "error there is no endpoint 7".into()),
+            (attach(1, 8), status(OK)),
+            (map(1, 0x1000, 0x1fff, 0xa000, 3), status(OK)),
+            ("dma 8 - 0x1000 4 r wait".into(), "ok 0xa000".into()),
+            ("dma 8 - 0x2000 4 r wait".into(), "fault unmapped".into()),
+            ("dma 8 - 0x2000 4 r later".into(), "error usage: dma *".into()),
+            ("waiting".into(), "none".into()),
+            ("again 1".into(), "error no access 1 has waited".into()),
+            ("again 0".into(), "error no access 0 has waited".into()),
+            ("respond 8 - 0 success".into(), status(NOENT)),
+            ("respond 7 5 0 success".into(), status(NOENT)),
+            ("respond 8 5 0 maybe".into(), "error `maybe` is none of success, invalid, failure".into()),
+            ("time 18446744073709551615".into(), "due never".into()),
+        ],
+    );
+    converse(&["--page-requests", "8", "--features", "f7"], &[("features", "features 0x1300000f7")]);
+    converse(&["--features", "1000000000000f7"], &[("features", "features 0x1300000f7")]);
+    refused(&["--page-requests", "7"], "there is no endpoint 7");
+    refused(&["--features", "2000000000000f7"], "the device does not have bits 0x200000000000000");
 }
 
 #[test]
@@ -326,6 +356,12 @@ fn whatever_is_typed_gets_one_answer() {
         "mem",
         "peek",
         "dma",
+        "again",
+        "waiting",
+        "respond",
+        "time",
+        "wait",
+        "success",
         "features",
         "accept",
         "config",
@@ -367,12 +403,12 @@ fn whatever_is_typed_gets_one_answer() {
         .map(|_| {
             let count = 1 + next(6);
             // Mostly a command first.
-            let mut line = vec![words[next(if count % 2 == 0 { words.len() } else { 11 })]];
+            let mut line = vec![words[next(if count % 2 == 0 { words.len() } else { 17 })]];
             line.extend((1..count).map(|_| words[next(words.len())]));
             line.join(" ")
         })
         .collect();
-    let answers = answers(&["--log", "off"], (lines.join("\n") + "\n").as_bytes());
+    let answers = answers(&["--log", "off", "--page-requests", "8"], (lines.join("\n") + "\n").as_bytes());
     assert_eq!(answers.len(), lines.len());
     let good = answers.iter().filter(|answer| !answer.starts_with("error ")).count();
     assert!(good > 500, "{good}");

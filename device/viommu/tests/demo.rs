@@ -28,10 +28,11 @@ fn text_tells_all_scenes_in_plain_characters() {
     assert!(output.status.success());
     assert!(output.stderr.is_empty());
     let text = String::from_utf8(output.stdout).unwrap();
-    for scene in 1..=7 {
+    for scene in 1..=8 {
         assert_eq!(text.lines().filter(|line| line.starts_with(&format!("{scene}. "))).count(), 1, "{scene}");
     }
     assert!(text.contains("STALE"));
+    assert!(text.contains("group 7: INVALID"));
     assert!(text.trim_end().ends_with("Everything came out as it must."));
     assert!(text.bytes().all(|byte| byte == b'\n' || (b' '..=b'~').contains(&byte)));
     assert!(text.lines().all(|line| line.len() <= 100 && line.trim_end() == line), "{text}");
@@ -145,6 +146,44 @@ fn faults_arrive_as_events_under_the_names_of_the_architecture() {
             assert_eq!(event["reason"], reason);
         }
         assert_eq!(faults["copied_afterwards"], 8192);
+    }
+}
+
+#[test]
+fn a_device_waits_for_memory_and_a_killed_process_is_gone() {
+    for (index, endpoint, format, refusal) in [(0, 10, 1, "C_BAD_CD"), (1, 17, 2, "unattached")] {
+        let facts = &FACTS["paging"][index];
+        assert_eq!((&facts["endpoint"], &facts["format"]), (&json!(endpoint), &json!(format)));
+        let requests = facts["requests"].as_array().unwrap();
+        let of = |pasid: usize, answer: &str| {
+            requests.iter().filter(|request| request["pasid"] == pasid && request["answer"] == answer).count()
+        };
+        // Half of the source was not there, and nothing of the target.
+        for (pasid, copied, finished, granted, refused) in
+            [(1, 16384, true, 2 + 4, 0), (2, 8192, false, 2, 3), (3, 16384, true, 2 + 4, 0)]
+        {
+            let process = &facts["processes"][pasid - 1];
+            assert_eq!(process["pasid"], pasid);
+            assert_eq!((&process["copied"], &process["finished"]), (&json!(copied), &json!(finished)));
+            // Two pages of the source are the process's own doing.
+            assert_eq!(process["pages_made"], 2 + granted);
+            assert_eq!((of(pasid, "SUCCESS"), of(pasid, "INVALID")), (granted, refused), "PASID {pasid}");
+        }
+        assert_eq!(requests.len(), 6 + 5 + 6);
+        let groups: Vec<u64> = requests.iter().map(|request| request["group"].as_u64().unwrap()).collect();
+        assert!(groups.is_sorted(), "groups are numbered in rotation: {groups:?}");
+        assert!(facts["switches"].as_u64().unwrap() > 16, "the device takes turns");
+
+        let kill = &facts["kill"];
+        assert_eq!((&kill["pasid"], &kill["copied"], &kill["waiting"]), (&json!(2), &json!(8192), &json!(3)));
+        assert_eq!(kill["sent_for_exit"], sent(1, 1, INVALIDATE));
+        let by = |who: &str| kill[who].as_u64().unwrap();
+        // To take the PASID away answers what waited for it.
+        assert_eq!((by("answered_by_guest"), by("answered_by_device")), (0, 3));
+        assert_eq!(kill["sent_for_unbind"]["requests"], 1);
+        assert_eq!(kill["refusal"], refusal);
+        assert!(by("refused_afterwards") > 2);
+        assert_eq!(kill["watched"], 4 * 4096);
     }
 }
 

@@ -84,6 +84,16 @@ fn the_demo_leaves_a_trace_that_tells_what_it_did() {
         assert!(of(id)["accesses"]["outcomes"]["unmapped"].as_u64().unwrap() >= 2);
     }
 
+    // Scene 7: memory on demand. The device's accesses for three processes; of one, three are refused.
+    for id in [10, 17] {
+        let waits = &of(id)["waits"];
+        assert_eq!((&waits["waits"], &waits["ends"]["served"]), (&json!(17), &json!(14)));
+        assert_eq!(waits["by_pasid"], json!({ "1": 6, "2": 5, "3": 6 }));
+        // Each moved burst is a read and a write; what waited is counted once it goes on.
+        assert_eq!(of(id)["accesses"]["outcomes"]["passed"].as_u64().unwrap() - 14, 76);
+    }
+    assert_eq!(of(8)["waits"], Value::Null);
+
     // The same twice: nothing of the machine is in it.
     let first = std::fs::read(&trace).unwrap();
     demo(&folder, "100");
@@ -102,13 +112,21 @@ fn words_and_a_page_tell_the_story() {
         "64 of the MAPs (50 %) were for memory that had been mapped before",
         "an IOTLB of 16 pages would have answered",
         "Had the driver handed its page tables over",
+        "Its device met no page 17 times, and waited: 14 ended with a page.",
+        "What it means for handover: the 56 KiB of memory",
     ] {
         assert!(flat.contains(sentence), "{sentence}\n{words}");
     }
     let page = std::fs::read_to_string(page).unwrap();
-    for piece in
-        ["<h2 id=\"endpoint-9\">", "<h2 id=\"endpoint-16\">", "its own table", "PASID 1", "class=\"refused\""]
-    {
+    for piece in [
+        "<h2 id=\"endpoint-9\">",
+        "<h2 id=\"endpoint-16\">",
+        "its own table",
+        "PASID 1",
+        "class=\"refused\"",
+        "Page faults over time",
+        "class=\"asked\"",
+    ] {
         assert!(page.contains(piece), "{piece}");
     }
     for foreign in ["<script", "http:", "https:", "url(", "NaN", "inf\""] {

@@ -171,16 +171,131 @@ fn a_page_table_is_bound_for_one_pasid() {
                 (attach_page_table(1, 16, PML4, 48, 0), status(OK)),
                 says("dma 16 - 0x1000 4 r", "ok 0x40100000"),
                 // Format 0 takes one back.
-                (
-                    format!("req 06000000{}{}00000000{}{} 4", le32(1), le32(16), le32(9), zeros(104)),
-                    status(OK),
-                ),
+                (unbind(1, 16, 9), status(OK)),
                 says("dma 16 9 0x1000 4 r", "fault unattached"),
                 says("dma 16 - 0x1000 4 r", "ok 0x40100000"),
-                (
-                    format!("req 06000000{}{}00000000{}{} 4", le32(1), le32(16), le32(9), zeros(104)),
-                    status(NOENT),
-                ),
+                (unbind(1, 16, 9), status(NOENT)),
+            ],
+        ],
+    );
+}
+
+#[test]
+fn an_arm_page_table_is_bound_for_one_pasid() {
+    check(
+        &[],
+        &[
+            smmuv3_tables(),
+            vec![
+                (attach_arm_page_table(1, 8, L0, 6, 5), status(OK)),
+                says("dma 8 5 0x1ffc 4 w", "ok 0x40100ffc"),
+                says("dma 8 5 0x2000 4 r", "fault F_TRANSLATION"),
+                says("dma 8 - 0x1000 4 r", "fault unattached"),
+                says("dma 8 4 0x1000 4 r", "fault unattached"),
+                // PASID 0 is untagged DMA.
+                (attach_arm_page_table(1, 8, L0, 7, 0), status(OK)),
+                says("dma 8 - 0x1000 4 r", "ok 0x40100000"),
+                (attach_arm_page_table(1, 8, L0 + 8, 8, 6), status(INVAL)),
+                (attach_arm_page_table(1, 8, 0x5000_0000, 8, 6), status(INVAL)),
+                (attach_arm_page_table(1, 16, L0, 8, 6), status(UNSUPP)),
+                // Stale until invalidated.
+                says("dma 8 5 0x1000 4 r", "ok 0x40100000"),
+                set(L3 + 8, 0x4020_0000 | PAGE),
+                says("dma 8 5 0x1000 4 r", "ok 0x40100000"),
+                (invalidate_domain(1), status(OK)),
+                says("dma 8 5 0x1000 4 r", "ok 0x40200000"),
+                (unbind(1, 8, 5), status(OK)),
+                says("dma 8 5 0x1000 4 r", "fault unattached"),
+                says("dma 8 - 0x1000 4 r", "ok 0x40200000"),
+            ],
+        ],
+    );
+}
+
+const READ: u32 = 1;
+const WRITE: u32 = 2;
+
+#[test]
+fn accesses_wait_for_pages_until_the_driver_has_answered() {
+    check(
+        &["--page-requests", "8"],
+        &[
+            smmuv3_tables(),
+            vec![
+                (attach_arm_page_table(1, 8, L0, 6, 5), status(OK)),
+                says("dma 8 5 0x1000 4 w wait", "ok 0x40100000"),
+                // Two pages of one access, one after the other.
+                says("dma 8 5 0x1ff0 0x2010 w wait", "waits 1"),
+                says("dma 8 5 0x9000 4 r wait", "waits 2"),
+                says("waiting", "1 8 5 0x1ff0 8208 w 0, 2 8 5 0x9000 4 r 1"),
+                // Not told yet.
+                (("respond 8 5 0 success").into(), status(NOENT)),
+                ("event 48".into(), page_request(8, WRITE, 5, 0x2000, 0)),
+                ("event 48".into(), page_request(8, READ, 5, 0x9000, 1)),
+                says("event 48", "none"),
+                says("again 1", "waits 1"),
+                set(L3 + 16, 0x4010_1000 | PAGE),
+                ("respond 8 5 0 success".into(), status(OK)),
+                says("again 1", "waits 1"),
+                ("event 48".into(), page_request(8, WRITE, 5, 0x3000, 2)),
+                set(L3 + 24, 0x4030_0000 | PAGE),
+                // Another PASID's group of that number is another group.
+                ("respond 8 6 2 success".into(), status(NOENT)),
+                ("respond 8 - 2 success".into(), status(NOENT)),
+                ("respond 8 5 2 success".into(), status(OK)),
+                ("respond 8 5 2 success".into(), status(NOENT)),
+                says("again 1", "ok 0x40100ff0 0x40300000"),
+                ("respond 8 5 1 invalid".into(), status(OK)),
+                says("again 2", "failed"),
+                says("waiting", "none"),
+                // Without `wait` it is a device that cannot.
+                says("dma 8 5 0x9000 4 r", "fault F_TRANSLATION"),
+                says("dma 9 5 0x9000 4 r wait", "fault unattached"),
+            ],
+        ],
+    );
+}
+
+#[test]
+fn unbinding_time_and_small_buffers_end_a_wait() {
+    check(
+        &[
+            "--page-requests",
+            "8",
+            "--page-request-timeout",
+            "1000",
+            "--limit",
+            "max_page_requests_per_endpoint=2",
+        ],
+        &[
+            smmuv3_tables(),
+            vec![
+                (attach_arm_page_table(1, 8, L0, 6, 5), status(OK)),
+                (attach_arm_page_table(1, 8, L0, 7, 6), status(OK)),
+                says("time 5000", "due never"),
+                says("dma 8 5 0x2000 4 r wait", "waits 1"),
+                says("dma 8 6 0x2000 4 w wait", "waits 2"),
+                ("event 48".into(), page_request(8, READ, 5, 0x2000, 0)),
+                // Beyond the bound of the endpoint: refused at once, when the device looks.
+                says("dma 8 6 0x3000 4 w wait", "waits 3"),
+                says("event 24", "used 0 000000000000000000000000000000000000000000000000"),
+                says("again 2", "failed"),
+                says("time 5999", "due 6999"),
+                says("again 1", "waits 1"),
+                says("time 6999", "due never"),
+                says("again 1", "failed"),
+                says("again 3", "failed"),
+                says("dma 8 5 0x2000 4 r wait", "waits 4"),
+                says("dma 8 6 0x2000 4 r wait", "waits 5"),
+                (unbind(1, 8, 5), status(OK)),
+                says("again 4", "failed"),
+                says("again 5", "waits 5"),
+                says("waiting", "5 8 6 0x2000 4 r 4"),
+                ("event 48".into(), page_request(8, READ, 6, 0x2000, 4)),
+                (detach(1, 8), status(OK)),
+                says("again 5", "failed"),
+                ("respond 8 6 4 success".into(), status(NOENT)),
+                says("dma 8 6 0x2000 4 r wait", "fault unattached"),
             ],
         ],
     );

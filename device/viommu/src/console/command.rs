@@ -1,7 +1,8 @@
 //! One line at the console, parsed.
 
 use pgtable_formats::{Access, Gpa, Iova, IovaRange, Pasid};
-use viommu_wire::EndpointId;
+use viommu_device::host::Stream;
+use viommu_wire::{EndpointId, PageResponse, PageResponseCode};
 
 use crate::driver::{MAX_PART_BYTES, MAX_PARTS};
 use crate::notation::{self, NotationError, abbreviated};
@@ -17,7 +18,8 @@ const MAX_CONFIG: u64 = 4096;
 
 /// The answer to `help`: every command.
 pub(crate) const HELP: &str = "req HEX[,HEX...]|- W[,W...]|-; event N; mem GPA HEX; peek GPA N; \
-    dma ENDPOINT PASID|- IOVA N r|w; features; accept HEX; config OFFSET N; config-write OFFSET HEX; reset; \
+    dma ENDPOINT PASID|- IOVA N r|w [wait]; again K; waiting; \
+    respond ENDPOINT PASID|- GROUP success|invalid|failure; time NS; features; accept HEX; config OFFSET N; config-write OFFSET HEX; reset; \
     bind ENDPOINT; help";
 
 /// What to do.
@@ -31,8 +33,16 @@ pub(crate) enum Command {
     Write { at: Gpa, bytes: Vec<u8> },
     /// Read guest memory.
     Peek { at: Gpa, length: usize },
-    /// Translate an access of an endpoint.
-    Dma { endpoint: EndpointId, pasid: Option<Pasid>, range: IovaRange, access: Access },
+    /// Translate an access of an endpoint, of a device that waits for pages or of one that does not.
+    Dma { dma: Dma, wait: bool },
+    /// Translate an access that waited once more.
+    Again(usize),
+    /// Say which accesses wait.
+    Waiting,
+    /// Answer a group of page requests.
+    Respond(PageResponse),
+    /// Say what time it is.
+    Time(u64),
     /// Say which features are offered.
     Features,
     /// Reset, and accept these features.
@@ -47,6 +57,14 @@ pub(crate) enum Command {
     Bind(EndpointId),
     /// Say what there is to say.
     Help,
+}
+
+/// An access of an endpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Dma {
+    pub(crate) stream: Stream,
+    pub(crate) range: IovaRange,
+    pub(crate) access: Access,
 }
 
 /// Why a line is no command.
@@ -70,6 +88,8 @@ pub(crate) enum CommandError {
     Wraps,
     #[error("`{0}` is neither r nor w")]
     Direction(String),
+    #[error("`{0}` is none of success, invalid, failure")]
+    Code(String),
 }
 
 impl Command {
@@ -96,9 +116,22 @@ impl Command {
             }
             ("peek", _) => return Err(CommandError::Usage("peek GPA N")),
             ("dma", &[endpoint, pasid, iova, length, direction]) => {
-                dma(endpoint, pasid, iova, length, direction)?
+                Self::Dma { dma: dma(endpoint, pasid, iova, length, direction)?, wait: false }
             }
-            ("dma", _) => return Err(CommandError::Usage("dma ENDPOINT PASID|- IOVA N r|w")),
+            ("dma", &[endpoint, pasid, iova, length, direction, "wait"]) => {
+                Self::Dma { dma: dma(endpoint, pasid, iova, length, direction)?, wait: true }
+            }
+            ("dma", _) => return Err(CommandError::Usage("dma ENDPOINT PASID|- IOVA N r|w [wait]")),
+            ("again", &[number]) => Self::Again(index("K", number, u32::MAX.into())?),
+            ("again", _) => return Err(CommandError::Usage("again K")),
+            ("waiting", &[]) => Self::Waiting,
+            ("waiting", _) => return Err(CommandError::Usage("waiting")),
+            ("respond", &[endpoint, pasid, group, code]) => respond(endpoint, pasid, group, code)?,
+            ("respond", _) => {
+                return Err(CommandError::Usage("respond ENDPOINT PASID|- GROUP success|invalid|failure"));
+            }
+            ("time", &[now]) => Self::Time(number("NS", now)?),
+            ("time", _) => return Err(CommandError::Usage("time NS")),
             ("features", &[]) => Self::Features,
             ("features", _) => return Err(CommandError::Usage("features")),
             ("accept", &[bits]) => Self::Accept(named("HEX", notation::hex_number(bits))?),
@@ -152,21 +185,8 @@ fn parts<T>(text: &str, parse: impl Fn(&str) -> Result<T, CommandError>) -> Resu
     text.split(',').map(|part| parse(if part == "-" { "" } else { part })).collect()
 }
 
-fn dma(
-    endpoint: &str,
-    pasid: &str,
-    iova: &str,
-    length: &str,
-    direction: &str,
-) -> Result<Command, CommandError> {
-    let endpoint = endpoint_id(endpoint)?;
-    let pasid = match pasid {
-        "-" => None,
-        text => {
-            let value = named("PASID", notation::number32(text))?;
-            Some(Pasid::new(value).ok_or(CommandError::WidePasid(value))?)
-        }
-    };
+fn dma(endpoint: &str, pasid: &str, iova: &str, length: &str, direction: &str) -> Result<Dma, CommandError> {
+    let stream = Stream { endpoint: endpoint_id(endpoint)?, pasid: pasid_or_none(pasid)? };
     let start = Iova(number("IOVA", iova)?);
     let length = length_of(length, MAX_DMA)?;
     let range = IovaRange::from_length(start, length as u64).ok_or(CommandError::Wraps)?;
@@ -175,7 +195,29 @@ fn dma(
         "w" => Access::WRITE,
         text => return Err(CommandError::Direction(abbreviated(text))),
     };
-    Ok(Command::Dma { endpoint, pasid, range, access })
+    Ok(Dma { stream, range, access })
+}
+
+fn respond(endpoint: &str, pasid: &str, group: &str, code: &str) -> Result<Command, CommandError> {
+    let endpoint = endpoint_id(endpoint)?;
+    let pasid = pasid_or_none(pasid)?;
+    let group_id = named("GROUP", notation::number_up_to(group, u16::MAX.into()))?;
+    let group_id = u16::try_from(group_id).map_err(|_| too_large("GROUP", group, u16::MAX.into()))?;
+    let code = match code {
+        "success" => PageResponseCode::Success,
+        "invalid" => PageResponseCode::Invalid,
+        "failure" => PageResponseCode::Failure,
+        text => return Err(CommandError::Code(abbreviated(text))),
+    };
+    Ok(Command::Respond(PageResponse { endpoint, pasid, group_id, code }))
+}
+
+fn pasid_or_none(text: &str) -> Result<Option<Pasid>, CommandError> {
+    if text == "-" {
+        return Ok(None);
+    }
+    let value = named("PASID", notation::number32(text))?;
+    Pasid::new(value).map(Some).ok_or(CommandError::WidePasid(value))
 }
 
 fn named<T>(what: &'static str, parsed: Result<T, NotationError>) -> Result<T, CommandError> {
@@ -269,6 +311,18 @@ mod tests {
         assert_eq!(Command::parse("dma 8 - 0 1 x"), Err(Direction("x".into())));
         assert!(matches!(Command::parse("dma 0x100000000 - 0 1 r"), Err(Notation { what: "ENDPOINT", .. })));
         assert!(matches!(Command::parse("dma 8 - 0 0x1000001 r"), Err(Notation { .. })));
+        assert!(matches!(command("dma 8 - 0 1 r wait"), Command::Dma { wait: true, .. }));
+        assert!(matches!(Command::parse("dma 8 - 0 1 r waits"), Err(Usage(_))));
+        assert!(matches!(Command::parse("again"), Err(Usage(_))));
+        assert!(matches!(Command::parse("again -"), Err(Notation { what: "K", .. })));
+        assert!(matches!(Command::parse("waiting 1"), Err(Usage(_))));
+        assert!(matches!(command("respond 8 - 0xffff failure"), Command::Respond(_)));
+        assert!(matches!(Command::parse("respond 8 - 65536 success"), Err(Notation { what: "GROUP", .. })));
+        assert_eq!(Command::parse("respond 8 0x100000 0 success"), Err(WidePasid(0x10_0000)));
+        assert_eq!(Command::parse("respond 8 5 0 SUCCESS"), Err(Code("SUCCESS".into())));
+        assert!(matches!(Command::parse("respond 8 5 0"), Err(Usage(_))));
+        assert_eq!(command("time 0xffffffffffffffff"), Command::Time(u64::MAX));
+        assert!(matches!(Command::parse("time"), Err(Usage(_))));
         assert!(matches!(Command::parse("features x"), Err(Usage(_))));
         assert!(matches!(Command::parse("accept"), Err(Usage(_))));
         assert!(matches!(Command::parse("accept g"), Err(Notation { .. })));

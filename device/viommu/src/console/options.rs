@@ -51,13 +51,21 @@ pub(crate) struct Options {
     #[arg(long, value_name = "HEX", value_parser = features)]
     features: Option<Features>,
     /// A bound on what the guest can make grow, such as max_domains=16. May be repeated. Names: max_domains,
-    /// max_mappings_per_domain, max_mappings, max_pending_events, max_bound_pasids_per_endpoint, max_bound_pasids.
+    /// max_mappings_per_domain, max_mappings, max_pending_events, max_bound_pasids_per_endpoint, max_bound_pasids,
+    /// max_page_requests_per_endpoint, max_page_requests.
     #[arg(long, value_name = "NAME=VALUE", value_parser = limit)]
     limit: Vec<(Limit, usize)>,
     /// An ID register of the hardware that walks tables: idr0, idr1, idr3, idr5 (SMMUv3), cap, ecap (VT-d). May be
     /// repeated. Default: all that this program's walker does, or what the capture says.
     #[arg(long, value_name = "NAME=VALUE", value_parser = register)]
     register: Vec<(Register, u64)>,
+    /// An endpoint whose accesses can wait for a page: PAGE_REQUEST is offered then. May be repeated. Default: none.
+    #[arg(long, value_name = "ID", value_parser = notation::number32)]
+    page_requests: Vec<u32>,
+    /// How long the driver may take to answer page requests, in the time of the command `time`; then they are answered
+    /// INVALID. Default: 10 seconds.
+    #[arg(long, value_name = "NS", value_parser = notation::number)]
+    page_request_timeout: Option<u64>,
     /// Nothing of guest tables is cached: changes show without INVALIDATE.
     #[arg(long)]
     strict: bool,
@@ -83,6 +91,19 @@ Commands:
                                  each contiguous piece starts, or `fault REASON`: the architecture's name for a guest's
                                  table (F_TRANSLATION, C_BAD_CD; for VT-d the fault reason number, 0x71), else unmapped,
                                  permission or unattached. A fault waits as an event.
+  dma ENDPOINT PASID|- IOVA N r|w wait
+                                 The same by a device that can wait: where a page is missing, and the endpoint has page
+                                 requests, the answer is `waits K`, and an event tells of it. K numbers these accesses,
+                                 from 1 on; 1024 are kept.
+  again K                        Access K once more. Answers as dma does, `waits K` while there is no answer, or `failed`:
+                                 it was answered INVALID or FAILURE, by the driver or by the device.
+  waiting                        Answers `none`, or the accesses that wait, one behind the other:
+                                 `K ENDPOINT PASID|- IOVA N r|w GROUP,`, where GROUP is what the answer names.
+  respond ENDPOINT PASID|- GROUP success|invalid|failure
+                                 Answers a group of page requests, by PAGE_RESP. Answers as req does. The driver must
+                                 have been told of the group, by `event 48`.
+  time NS                        Says what time it is, in nanoseconds. Page requests whose time is over are answered
+                                 INVALID. Answers `due NS`: when this is to be said next, or `due never`.
   features                       Answers `features HEX`: what is offered.
   accept HEX                     Resets the device and accepts these features; VERSION_1 need not be said. Answers `ok`.
                                  At the start, everything offered is accepted.
@@ -120,6 +141,8 @@ enum Limit {
     PendingEvents,
     BoundPasidsPerEndpoint,
     BoundPasids,
+    PageRequestsPerEndpoint,
+    PageRequests,
 }
 
 const DEFAULT_ENDPOINTS: [(EndpointId, Kind); 3] =
@@ -137,6 +160,7 @@ impl Options {
             None => self.plain_endpoints()?,
         };
         self.reserve(&mut endpoints)?;
+        self.let_wait(&mut endpoints)?;
         let memory = match &capture {
             Some(capture) => capture.memory,
             None => self.memory.unwrap_or(DEFAULT_MEMORY),
@@ -164,6 +188,7 @@ impl Options {
             domain_range: self.domain_range,
             bypass: self.bypass,
             limits,
+            page_request_timeout_ns: self.page_request_timeout.unwrap_or(default.page_request_timeout_ns),
             ..default
         }
     }
@@ -224,6 +249,14 @@ impl Options {
         }
         Ok(())
     }
+
+    fn let_wait(&self, endpoints: &mut BTreeMap<EndpointId, EndpointCaps>) -> anyhow::Result<()> {
+        for id in &self.page_requests {
+            let caps = endpoints.get_mut(&EndpointId(*id));
+            caps.with_context(|| format!("--page-requests: there is no endpoint {id}"))?.page_requests = true;
+        }
+        Ok(())
+    }
 }
 
 impl Register {
@@ -263,13 +296,15 @@ impl Register {
 }
 
 impl Limit {
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 8] = [
         Self::Domains,
         Self::MappingsPerDomain,
         Self::Mappings,
         Self::PendingEvents,
         Self::BoundPasidsPerEndpoint,
         Self::BoundPasids,
+        Self::PageRequestsPerEndpoint,
+        Self::PageRequests,
     ];
 
     const fn name(self) -> &'static str {
@@ -280,6 +315,8 @@ impl Limit {
             Self::PendingEvents => "max_pending_events",
             Self::BoundPasidsPerEndpoint => "max_bound_pasids_per_endpoint",
             Self::BoundPasids => "max_bound_pasids",
+            Self::PageRequestsPerEndpoint => "max_page_requests_per_endpoint",
+            Self::PageRequests => "max_page_requests",
         }
     }
 
@@ -291,6 +328,8 @@ impl Limit {
             Self::PendingEvents => &mut limits.max_pending_events,
             Self::BoundPasidsPerEndpoint => &mut limits.max_bound_pasids_per_endpoint,
             Self::BoundPasids => &mut limits.max_bound_pasids,
+            Self::PageRequestsPerEndpoint => &mut limits.max_page_requests_per_endpoint,
+            Self::PageRequests => &mut limits.max_page_requests,
         }
     }
 }
@@ -351,7 +390,7 @@ fn flag(text: &str) -> anyhow::Result<bool> {
 fn features(text: &str) -> anyhow::Result<Features> {
     let bits = notation::hex_number(text)?;
     let features = Features::from_bits_retain(bits);
-    let unknown = features.difference(DeviceConfig::FEATURES);
+    let unknown = features.difference(DeviceConfig::ALL_FEATURES);
     ensure!(unknown.is_empty(), "the device does not have bits {:#x}", unknown.bits());
     Ok(features)
 }

@@ -27,7 +27,7 @@ pub(super) fn machine(machine: &Machine, guest: &mut Guest) -> anyhow::Result<fa
             name: "unattached",
         },
     )?;
-    for endpoint in [machine::SMMUV3, machine::COMPARED, machine::VTD] {
+    for endpoint in machine::ENDPOINTS {
         let leads = machine.leads(Stream::untagged(endpoint), Iova(machine::FIRST.0), Access::READ);
         same("what an endpoint reaches at first", leads, Err(FaultCause::Unattached))?;
     }
@@ -36,12 +36,14 @@ pub(super) fn machine(machine: &Machine, guest: &mut Guest) -> anyhow::Result<fa
     same("features in force in the device", iommu.device().features(), accepted & Features::DEVICE)?;
     let host = iommu.device().host();
     let endpoints = iommu.device().endpoints().map(|endpoint| {
-        let hardware = match host.caps(endpoint).and_then(|caps| caps.tables.as_ref()) {
+        let caps = host.caps(endpoint);
+        let hardware = match caps.and_then(|caps| caps.tables.as_ref()) {
             Some(TableCaps::Smmuv3(_)) => SMMUV3_NAME,
             Some(TableCaps::Vtd(_)) => VTD_NAME,
             None => "none",
         };
-        facts::Endpoint { endpoint: endpoint.0, hardware }
+        let can_wait = caps.is_some_and(|caps| caps.page_requests);
+        facts::Endpoint { endpoint: endpoint.0, hardware, can_wait }
     });
     let queues = [("requests", REQUEST_QUEUE), ("events", EVENT_QUEUE)].map(|(purpose, index)| {
         let queue = iommu.queue(index.into()).context("a queue is missing")?;

@@ -1,4 +1,4 @@
-//! Scene 7: the same work in three ways, and what each of them sends.
+//! Scene 8: the same work in three ways, and what each of them sends.
 
 use std::collections::BTreeMap;
 

@@ -11,6 +11,8 @@ pub(super) struct Story {
     pub(super) probe: Probe,
     pub(super) smmuv3: Sharing,
     pub(super) vtd: Sharing,
+    /// With an SMMUv3, then with a VT-d unit.
+    pub(super) paging: [Paging; 2],
     pub(super) comparison: Comparison,
 }
 
@@ -52,6 +54,8 @@ pub(super) struct Queue {
 pub(super) struct Endpoint {
     pub(super) endpoint: u32,
     pub(super) hardware: &'static str,
+    /// Its device can wait for memory that is not there.
+    pub(super) can_wait: bool,
 }
 
 /// Scene 2.
@@ -178,7 +182,81 @@ pub(super) struct Fault {
     pub(super) meaning: &'static str,
 }
 
-/// Scene 7.
+/// Scene 7: a device that waits for memory.
+#[derive(Serialize)]
+pub(super) struct Paging {
+    pub(super) endpoint: u32,
+    pub(super) hardware: &'static str,
+    pub(super) format: u8,
+    /// One table of all PASIDs was handed over; else each page table by itself.
+    pub(super) one_table: bool,
+    /// Where each process may have memory.
+    pub(super) area_first: Hex,
+    pub(super) area_bytes: u64,
+    /// Where the copy goes; it is made from the start of the area.
+    pub(super) target: Hex,
+    /// Bytes to copy for each process, and at a time.
+    pub(super) length: u64,
+    pub(super) burst: u64,
+    /// How often everybody had a turn.
+    pub(super) rounds: u32,
+    /// How often the device moved bytes for another process than the time before.
+    pub(super) switches: u32,
+    /// While it copied.
+    pub(super) sent: Sent,
+    pub(super) processes: Vec<PagedProcess>,
+    /// In the order in which the device asked.
+    pub(super) requests: Vec<PageRequest>,
+    pub(super) kill: Kill,
+}
+
+/// A process with memory on demand.
+#[derive(Serialize)]
+pub(super) struct PagedProcess {
+    pub(super) name: char,
+    pub(super) pasid: u32,
+    /// Pages that it came to have, for itself or for the device.
+    pub(super) pages_made: u64,
+    /// Bytes that the device copied; if it finished, all compared.
+    pub(super) copied: u64,
+    pub(super) finished: bool,
+}
+
+/// A page that the device asked for.
+#[derive(Serialize)]
+pub(super) struct PageRequest {
+    pub(super) process: char,
+    pub(super) pasid: u32,
+    pub(super) access: &'static str,
+    pub(super) address: Hex,
+    /// What the answer names.
+    pub(super) group: u16,
+    /// What the device was told: SUCCESS, INVALID.
+    pub(super) answer: &'static str,
+}
+
+/// A process that was killed while the device worked for it.
+#[derive(Serialize)]
+pub(super) struct Kill {
+    pub(super) process: char,
+    pub(super) pasid: u32,
+    /// Bytes that the device had copied.
+    pub(super) copied: u64,
+    /// Accesses that waited then.
+    pub(super) waiting: u64,
+    pub(super) sent_for_exit: Sent,
+    pub(super) sent_for_unbind: Sent,
+    /// Groups that waited, by who answered them INVALID.
+    pub(super) answered_by_guest: u64,
+    pub(super) answered_by_device: u64,
+    /// Accesses that the device tried all the same; none passed.
+    pub(super) refused_afterwards: u64,
+    pub(super) refusal: String,
+    /// Bytes of memory that had been the process's, compared at the end: none was changed.
+    pub(super) watched: u64,
+}
+
+/// Scene 8.
 #[derive(Serialize)]
 pub(super) struct Comparison {
     pub(super) endpoint: u32,

@@ -2,7 +2,7 @@
 
 use anyhow::Context as _;
 use pgtable_formats::context::{smmuv3, vtd};
-use viommu_device::host::{EndpointCaps, TableCaps};
+use viommu_device::host::{EndpointCaps, TableCaps, TableKinds};
 use viommu_device::soft::SoftHost;
 use viommu_device::{Device, DeviceConfig};
 pub(super) use viommu_queue::loopback::Machine;
@@ -23,7 +23,13 @@ pub(super) const SMMUV3: EndpointId = EndpointId(8);
 pub(super) const COMPARED: EndpointId = EndpointId(9);
 /// Behind a VT-d unit.
 pub(super) const VTD: EndpointId = EndpointId(16);
-/// Where interrupts of the first two are written to: never to be mapped.
+/// Behind an SMMUv3; its device can wait for memory.
+pub(super) const SMMUV3_PAGED: EndpointId = EndpointId(10);
+/// Behind a VT-d unit; its device can wait for memory.
+pub(super) const VTD_PAGED: EndpointId = EndpointId(17);
+/// All of them.
+pub(super) const ENDPOINTS: [EndpointId; 5] = [SMMUV3, COMPARED, SMMUV3_PAGED, VTD, VTD_PAGED];
+/// Where interrupts of those behind the SMMUv3 are written to: never to be mapped.
 pub(super) const MSI: (Iova, Iova) = (Iova(0x800_0000), Iova(0x80f_ffff));
 
 const QUEUE_SIZE: u16 = 512;
@@ -38,13 +44,16 @@ pub(super) fn start(strict: bool) -> anyhow::Result<Machine> {
     let vtd = TableCaps::Vtd(vtd::Caps::from_registers(vtd::CapRegisters::SOFTWARE));
     let range = IovaRange::new(MSI.0, MSI.1).context("an empty MSI window")?;
     let msi = ReservedRegion { kind: ReservedKind::Msi, range };
-    for (endpoint, tables, reserved) in
-        [(SMMUV3, smmuv3.clone(), vec![msi]), (COMPARED, smmuv3, vec![msi]), (VTD, vtd, Vec::new())]
-    {
-        host.add_endpoint(
-            endpoint,
-            EndpointCaps { tables: Some(tables), reserved, ..EndpointCaps::default() },
-        )?;
+    for endpoint in ENDPOINTS {
+        let page_requests = [SMMUV3_PAGED, VTD_PAGED].contains(&endpoint);
+        // What real hardware takes as it is, by way of Linux.
+        let (tables, native, reserved) = match endpoint {
+            VTD | VTD_PAGED => (vtd.clone(), TableKinds::PAGE_TABLE, Vec::new()),
+            _ => (smmuv3.clone(), TableKinds::PASID_TABLE, vec![msi]),
+        };
+        let kinds = TableKinds::all();
+        let caps = EndpointCaps { tables: Some(tables), kinds, native, reserved, page_requests };
+        host.add_endpoint(endpoint, caps)?;
     }
     Ok(Machine::new(memory, Device::new(DeviceConfig::default(), host)?, QUEUE_SIZE)?)
 }

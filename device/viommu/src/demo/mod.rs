@@ -5,11 +5,14 @@
 //! them with what must come out, and fails where they differ; [`text`] tells what was found.
 
 mod begin;
+mod channel;
 mod compare;
 mod engine;
 mod facts;
 mod guest;
 mod machine;
+mod pager;
+mod paging;
 mod share;
 mod text;
 
@@ -23,7 +26,7 @@ use anyhow::Context as _;
 use clap::Args;
 use viommu_queue::record::Tape;
 
-use facts::{Sharing, Story};
+use facts::{Paging, Sharing, Story};
 use guest::Guest;
 use machine::Machine;
 use share::Shared;
@@ -89,14 +92,17 @@ fn tell(
     let vtd = other_vendor(&machine, guest).context("scene 6")?;
     show(&text::OtherVendor(&vtd))?;
 
-    let comparison = compare::compare(&machine, guest, options.buffers).context("scene 7")?;
+    let paging = demand_paged(&machine, guest).context("scene 7")?;
+    show(&text::Paging(&paging))?;
+
+    let comparison = compare::compare(&machine, guest, options.buffers).context("scene 8")?;
     show(&text::Comparison(&comparison))?;
     if let Some((tape, path)) = tape {
         machine.lock().set_recorder(None);
         tape.finish().with_context(|| format!("{}", path.display()))?;
     }
     show(&text::Closing)?;
-    Ok(Story { machine: first, probe, smmuv3, vtd, comparison })
+    Ok(Story { machine: first, probe, smmuv3, vtd, paging, comparison })
 }
 
 /// From now on, everything goes into the trace.
@@ -115,6 +121,16 @@ fn other_vendor(machine: &Machine, guest: &mut Guest) -> anyhow::Result<Sharing>
     let faults = shared.faults(guest)?;
     shared.end(guest)?;
     Ok(Sharing { handover, change, faults })
+}
+
+/// Memory that is not there at first, and a process that is killed; with each hardware.
+fn demand_paged(machine: &Machine, guest: &mut Guest) -> anyhow::Result<[Paging; 2]> {
+    let mut paging = |endpoint, names| {
+        let endpoint = guest.driver.probe(endpoint)?;
+        let facts = paging::paging(machine, guest, &endpoint, names);
+        facts.with_context(|| format!("endpoint {}", endpoint.id()))
+    };
+    Ok([paging(machine::SMMUV3_PAGED, ['F', 'G', 'H'])?, paging(machine::VTD_PAGED, ['I', 'J', 'K'])?])
 }
 
 /// A reader who has seen enough is no error.

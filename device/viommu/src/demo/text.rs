@@ -1,5 +1,7 @@
 //! The story in words: each scene from its facts.
 
+mod paging;
+
 use std::fmt::{self, Display, Formatter};
 
 use comfy_table::{CellAlignment, Table, presets};
@@ -21,6 +23,8 @@ pub(super) struct Faults<'a>(pub(super) &'a facts::Faults);
 /// Scene 6.
 pub(super) struct OtherVendor<'a>(pub(super) &'a facts::Sharing);
 /// Scene 7.
+pub(super) struct Paging<'a>(pub(super) &'a [facts::Paging; 2]);
+/// Scene 8.
 pub(super) struct Comparison<'a>(pub(super) &'a facts::Comparison);
 /// What comes after the last scene.
 pub(super) struct Closing;
@@ -64,7 +68,8 @@ address that a device uses, or refuses the access. A device behind it is called 
             lines.push((format!("  for {}", queue.purpose), what));
         }
         for endpoint in &facts.endpoints {
-            let what = format!("a DMA engine behind an {}", endpoint.hardware);
+            let wait = if endpoint.can_wait { "; it can wait for memory" } else { "" };
+            let what = format!("a DMA engine behind an {}{wait}", endpoint.hardware);
             lines.push((format!("endpoint {}", endpoint.endpoint), what));
         }
         pairs(f, &lines)?;
@@ -185,7 +190,7 @@ Endpoint {}: other page tables, and a {} instead, at {}.
 impl Display for Comparison<'_> {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         let facts = self.0;
-        heading(f, 7, &format!("{} buffers: what each way sends", facts.buffers))?;
+        heading(f, 8, &format!("{} buffers: what each way sends", facts.buffers))?;
         writeln!(
             f,
             "\

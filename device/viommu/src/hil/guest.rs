@@ -1,27 +1,33 @@
 //! A VMM and its guest in one process, over devices of the real machine.
 //!
-//! Guest memory is a memfd; the device of `viommu-device` stands on [`IommufdHost`]; the driver of `viommu-guest` sends
-//! its requests over real virtqueues. Nothing of it is simulated but the guest's processor, which is this one.
+//! Guest memory is a memfd; the device of `viommu-device` stands on [`IommufdHost`], with [`Mediated`] around it for the
+//! kind of table that the hardware does not take; the driver of `viommu-guest` sends its requests over real virtqueues. Nothing of it is simulated but the guest's processor, which is this one.
 
 use std::fs::File;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
+use nix::libc;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use pgtable_formats::format::Attrs;
 use pgtable_formats::{Gpa, Iova, IovaRange, TableAlloc as _};
 use viommu_device::host::Host as _;
+use viommu_device::mediated::{Mediated, MediationLimits, Window};
 use viommu_device::{Device, DeviceConfig};
 use viommu_guest::hal::{GuestMem as _, Parts};
-use viommu_guest::tables::{AddressSpace, PasidTable, SpaceOptions, TableOptions};
+use viommu_guest::tables::{AddressSpace, PasidTable, SpaceOptions, Style, TableOptions};
 use viommu_guest::{BypassDomain, Driver, DriverOptions, Endpoint};
 use viommu_host_iommufd::IommufdHost;
 use viommu_host_iommufd::counted::Counted;
 use viommu_host_iommufd::kernel::Iommufd;
+use viommu_queue::GuestTables;
 use viommu_queue::loopback::{Alloc, Machine, Memory, Transport};
 use viommu_wire::numbers::EVENT_QUEUE;
 use viommu_wire::{DomainId, Event, FaultEvent, Features};
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap, GuestRegionMmap, MmapRegion,
+};
 
 use super::bench::{Bench, Moved, Station};
 use super::picture::{self, End, Picture};
@@ -34,6 +40,8 @@ pub(super) const PAGE_LG2: u8 = 12;
 pub(super) const FIRST: Gpa = Gpa(0x4000_0000);
 /// Bytes of guest memory: all of it is pinned.
 pub(super) const BYTES: u64 = 8 << 20;
+/// Bytes of the window above guest memory, for tables of the device's own.
+const WINDOW_BYTES: u64 = 1 << 20;
 /// Where checks map what they map: not an address of guest memory, so that a device in bypass gets nowhere with it.
 pub(super) const AT: Iova = Iova(0x1_2340_0000);
 /// How long an event may take.
@@ -49,14 +57,19 @@ const QUEUE_SIZE: u16 = 256;
 /// What memory holds before a device writes there.
 pub(super) const UNTOUCHED: u8 = 0xa5;
 
+/// The machine: tables go to the hardware as they are, or as what it takes.
+pub(super) type HilHost<K> = Mediated<IommufdHost<Counted<K>>, GuestTables>;
+
 /// The driver.
-pub(super) type HilDriver<K> = Driver<Parts<Memory, Alloc>, Transport<Machine<IommufdHost<Counted<K>>>>>;
+pub(super) type HilDriver<K> = Driver<Parts<Memory, Alloc>, Transport<Machine<HilHost<K>>>>;
 
 /// See the [module](self).
 pub(super) struct Guest<K: Iommufd> {
     pub(super) driver: HilDriver<K>,
-    pub(super) machine: Machine<IommufdHost<Counted<K>>>,
+    pub(super) machine: Machine<HilHost<K>>,
     pub(super) memory: Memory,
+    /// Where the tables of the machine's own are.
+    pub(super) window: Gpa,
     /// What was mapped and accessed so far.
     pub(super) seen: Picture,
 }
@@ -85,9 +98,10 @@ impl<K: Iommufd> Guest<K> {
         map: GuestMemoryMmap,
         own: (Gpa, Gpa),
     ) -> anyhow::Result<Self> {
-        bench.memory_is(&map);
-        let mut host =
-            IommufdHost::new(bench.kernel()?, &map).context("cannot hand guest memory to the kernel")?;
+        let Windowed { window, of_devices, of_machine } = Windowed::above(&map)?;
+        bench.memory_is(&of_machine);
+        let mut host = IommufdHost::new(bench.kernel()?, &of_devices)
+            .context("cannot hand guest memory to the kernel")?;
         for index in 0..bench.count() {
             let (endpoint, device) = bench.station(index)?.device();
             host.add_endpoint(endpoint, device).with_context(|| format!("cannot add endpoint {endpoint}"))?;
@@ -98,10 +112,12 @@ impl<K: Iommufd> Guest<K> {
             page_size_mask: host.page_size_mask(),
             ..DeviceConfig::default()
         };
+        let tables = GuestTables::new(&of_machine);
+        let host = Mediated::new(host, tables, Some(window), MediationLimits::DEFAULT)?;
         let device = Device::new(config, host)?;
         let machine = Machine::new(memory.clone(), device, QUEUE_SIZE)?;
         let driver = driver(&machine, own)?;
-        let mut guest = Self { driver, machine, memory, seen: Picture::default() };
+        let mut guest = Self { driver, machine, memory, window: window.first(), seen: Picture::default() };
         guest.forget();
         for index in 0..bench.count() {
             guest.load(bench.station(index)?)?;
@@ -126,10 +142,10 @@ impl<K: Iommufd> Guest<K> {
 
     /// Resets the device and brings it up anew, as a guest does that starts again. Its old tables are forgotten.
     pub(super) fn restart(self) -> anyhow::Result<Self> {
-        let Self { driver: old, machine, memory, seen } = self;
+        let Self { driver: old, machine, memory, window, seen } = self;
         drop(old.shut_down());
         let own = (FIRST, Gpa(FIRST.0 + BYTES - 1));
-        Ok(Self { driver: driver(&machine, own)?, machine, memory, seen })
+        Ok(Self { driver: driver(&machine, own)?, machine, memory, window, seen })
     }
 
     /// Starts a new picture.
@@ -318,8 +334,18 @@ impl Bound {
 
     /// The same, not handed over yet.
     pub(super) fn unattached<K: Iommufd>(guest: &mut Guest<K>, endpoint: &Endpoint) -> anyhow::Result<Self> {
+        Self::in_style(guest, endpoint, Style::Preferred)
+    }
+
+    /// The same, handed over in a way of the caller's choice.
+    pub(super) fn in_style<K: Iommufd>(
+        guest: &mut Guest<K>,
+        endpoint: &Endpoint,
+        style: Style,
+    ) -> anyhow::Result<Self> {
         let domain = domain(guest)?;
-        let mut pasids = PasidTable::new(&mut guest.driver, endpoint, domain, TableOptions::default())?;
+        let options = TableOptions { style, ..TableOptions::default() };
+        let mut pasids = PasidTable::new(&mut guest.driver, endpoint, domain, options)?;
         let mut space = AddressSpace::new(&mut guest.driver, endpoint, SpaceOptions::default())?;
         let entered = pasids.descriptor().is_some();
         if entered {
@@ -430,10 +456,38 @@ pub(super) fn memory(regions: &[(Gpa, usize)]) -> anyhow::Result<GuestMemoryMmap
     GuestMemoryMmap::from_ranges_with_files(ranges).context("cannot map guest memory")
 }
 
-fn driver<K: Iommufd>(
-    machine: &Machine<IommufdHost<Counted<K>>>,
-    own: (Gpa, Gpa),
-) -> anyhow::Result<HilDriver<K>> {
+/// Guest memory, and above it a window for tables of the device's own, of which the guest is told as a reserved region.
+struct Windowed {
+    window: Window,
+    /// As the kernel is given it: devices read the window and do not write it.
+    of_devices: GuestMemoryMmap,
+    /// As the machine has it, which does.
+    of_machine: GuestMemoryMmap,
+}
+
+impl Windowed {
+    fn above(guest: &GuestMemoryMmap) -> anyhow::Result<Self> {
+        let first = guest.last_addr().0.checked_add(1).context("no room above guest memory")?;
+        let first = first.checked_next_multiple_of(WINDOW_BYTES).context("no room above guest memory")?;
+        let window = Window::new(Gpa(first), WINDOW_BYTES).context("no room above guest memory")?;
+        let file = File::from(memfd_create(c"viommu-window", MFdFlags::MFD_CLOEXEC).context("memfd_create")?);
+        file.set_len(WINDOW_BYTES).context("cannot make the window")?;
+        let file = FileOffset::new(file, 0);
+        let with = |protection| -> anyhow::Result<GuestMemoryMmap> {
+            let bytes = usize::try_from(WINDOW_BYTES)?;
+            let mapping = MmapRegion::build(Some(file.clone()), bytes, protection, libc::MAP_SHARED)
+                .context("cannot map the window")?;
+            let region =
+                GuestRegionMmap::new(mapping, GuestAddress(first)).context("the window has no place")?;
+            guest.insert_region(Arc::new(region)).context("the window has no place beside guest memory")
+        };
+        let of_devices = with(libc::PROT_READ)?;
+        let of_machine = with(libc::PROT_READ | libc::PROT_WRITE)?;
+        Ok(Self { window, of_devices, of_machine })
+    }
+}
+
+fn driver<K: Iommufd>(machine: &Machine<HilHost<K>>, own: (Gpa, Gpa)) -> anyhow::Result<HilDriver<K>> {
     let memory = machine.memory().clone();
     let alloc = Alloc::within(&memory, own.0, own.1);
     let options = DriverOptions {
@@ -455,7 +509,7 @@ impl<K: Iommufd> Guest<K> {
 
     /// How many events the kernel had no room for.
     pub(super) fn lost_events(&self) -> u64 {
-        self.machine.lock().device().host().lost_events()
+        self.machine.lock().device().host().host().lost_events()
     }
 
     /// Names of the endpoints.

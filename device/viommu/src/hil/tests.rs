@@ -293,7 +293,7 @@ impl FakeBench {
                 _ => IovaRange::new(Iova(0xfee0_0000), Iova(0xfeef_ffff)),
             };
             let reserved = vec![ReservedRegion { kind: ReservedKind::Msi, range: range.unwrap() }];
-            let device = Device { id, reserved, may_stall: false, ats: false };
+            let device = Device { id, reserved, may_stall: false, ats: false, pri: false };
             Station::new(EndpointId(endpoint), device, Box::new(engine), Box::new(FakeControls(arrived)))
         };
         let stations = vec![station(8, Some(vec![0; 0x1000])), station(16, None)];
@@ -411,6 +411,7 @@ fn what_needs_an_smmu_is_skipped_by_name_on_vtd() {
         "fault-read-only",
         "fault-privileged",
         "rebind-same-tag",
+        "mediated-window",
         "msi-mapped",
         "msi-unmapped",
         "killed-process",
@@ -442,6 +443,7 @@ fn a_kernel_that_drops_invalidations_is_noticed() {
             "invalidate-pasid-cache",
             "unmap",
             "rebind-same-tag",
+            "mediated-table",
             "pair-invalidate",
         ],
     );
@@ -459,7 +461,16 @@ fn a_kernel_that_attaches_another_table_is_noticed() {
 fn a_kernel_that_keeps_the_first_table_is_noticed() {
     fails(
         Sabotage::KeepsTheFirst,
-        &["table-write", "bypass-domain", "rebind", "map-unmap", "between-modes", "random-tables"],
+        &[
+            "table-write",
+            "bypass-domain",
+            "rebind",
+            "map-unmap",
+            "between-modes",
+            "mediated-table",
+            "mediated-turns",
+            "random-tables",
+        ],
     );
 }
 
@@ -485,7 +496,7 @@ fn objects_that_stay_are_noticed() {
 
 #[test]
 fn permissions_that_are_ignored_are_noticed() {
-    fails(Sabotage::IgnoresPermissions, &["map-read-only"]);
+    fails(Sabotage::IgnoresPermissions, &["map-read-only", "mediated-window"]);
 }
 
 /// A table as random as `seed`.

@@ -7,10 +7,10 @@ use serde_json::{Value, json};
 use viommu_host_iommufd::sysfs::{IommuKind, Node, RegionKind};
 
 use super::capabilities::{Capabilities, Registers};
-use super::judge::{Answer, Verdict, Way};
+use super::judge::{Answer, Verdict, Waits, Way};
 use super::names::{Names, class_name};
 use super::obstacle::{Obstacle, Step, Weight};
-use super::report::{DeviceReport, IommuReport, Report};
+use super::report::{DeviceReport, IommuReport, Offer, Report};
 
 /// Number of this schema. It rises when a field changes its meaning or goes.
 const SCHEMA: u32 = 1;
@@ -98,6 +98,9 @@ struct DeviceDocument {
     pci: Option<Value>,
     /// `yes`: the kernel said so; `likely`: nothing known is in the way; `not-yet`: there are steps; `no`.
     handover: &'static str,
+    /// What a guest is offered of a device that is handed over: `pasid_table` and `page_table`, each `native` or
+    /// `mediated`; `page_requests`: `likely`, `no` or `null`, with `page_requests_because`. `null`: nothing.
+    offer: Option<Value>,
     /// What the kernel answered; `null` where it was not asked.
     kernel: Option<Value>,
     /// Those of this device. The machine's and the IOMMU's count as well.
@@ -274,11 +277,27 @@ fn device(report: &Report, names: &Names, each: &DeviceReport) -> DeviceDocument
             Verdict::NotYet => "not-yet",
             Verdict::No => "no",
         },
+        offer: each.offer.as_ref().map(offer),
         kernel: kernel(&each.answer),
         obstacles: obstacles(&each.obstacles),
         notes: each.notes.clone(),
         device: own,
     }
+}
+
+fn offer(offer: &Offer) -> Value {
+    let [pasid_table, page_table] = offer.way.kinds();
+    let waits = match offer.waits {
+        Waits::Likely => Some("likely"),
+        Waits::No(_) => Some("no"),
+        Waits::Unseen(_) => None,
+    };
+    json!({
+        "pasid_table": pasid_table,
+        "page_table": page_table,
+        "page_requests": waits,
+        "page_requests_because": offer.waits.reason(),
+    })
 }
 
 /// Each question with `"ok"`, the name of the error, or `null` where it was not asked.

@@ -62,11 +62,70 @@ impl Verdict {
 }
 
 impl Way {
+    /// How a guest gets a table of PASIDs, and a page table for each: the hardware takes one of them as it is, and the
+    /// other is made of it (`viommu_device::mediated`).
+    pub(super) const fn kinds(self) -> [&'static str; 2] {
+        match self {
+            Self::PasidTable => ["native", "mediated"],
+            Self::PageTables => ["mediated", "native"],
+        }
+    }
+
     pub(super) fn of(kind: IommuKind) -> Option<Self> {
         match kind {
             IommuKind::Smmuv3 => Some(Self::PasidTable),
             IommuKind::Vtd(_) => Some(Self::PageTables),
             _ => None,
+        }
+    }
+}
+
+/// Whether accesses of a device can wait for a page that the guest brings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Waits {
+    /// Nothing known is in the way. The kernel says so when a table is attached, not before.
+    Likely,
+    /// They cannot.
+    No(&'static str),
+    /// What decides was not seen.
+    Unseen(&'static str),
+}
+
+impl Waits {
+    /// Of a device behind an IOMMU that takes tables.
+    pub(super) fn of(
+        system: &System,
+        device: &PciDevice,
+        kind: IommuKind,
+        capabilities: Option<&Capabilities>,
+    ) -> Self {
+        if !matches!(kind, IommuKind::Vtd(_)) {
+            return Self::No("Linux does not pass on page requests of PCI devices behind an SMMUv3");
+        }
+        let Some(config) = device.config.known().filter(|config| config.is_whole()) else {
+            return Self::Unseen("the device's configuration space was not wholly seen");
+        };
+        if !config.page_requests() || config.ats().is_none() {
+            return Self::No("the device has no PRI, or no ATS");
+        }
+        if device.physical_function.is_some() {
+            return Self::No("page requests of a virtual function go through the physical one");
+        }
+        if system.release.version != (0, 0) && system.release.version < (6, 11) {
+            return Self::No("before Linux 6.11 page requests are not passed on");
+        }
+        match capabilities.map(|capabilities| capabilities.page_requests) {
+            None => Self::Unseen("the IOMMU's registers were not seen"),
+            Some(Some(true)) => Self::Likely,
+            Some(_) => Self::No("the IOMMU takes no page requests: ECAP.PRS = 0"),
+        }
+    }
+
+    /// In words.
+    pub(super) const fn reason(self) -> &'static str {
+        match self {
+            Self::Likely => "PRI, ATS and ECAP.PRS are there",
+            Self::No(reason) | Self::Unseen(reason) => reason,
         }
     }
 }

@@ -7,7 +7,7 @@ use anyhow::bail;
 use viommu_host_iommufd::sysfs::{Bdf, IommuInstance, Machine, PciDevice, Seen};
 
 use super::capabilities::{Capabilities, Registers};
-use super::judge::{self, Answer, Verdict, Way};
+use super::judge::{self, Answer, Verdict, Waits, Way};
 use super::note;
 use super::obstacle::Obstacle;
 
@@ -38,9 +38,17 @@ pub(super) struct DeviceReport {
     pub(super) device: PciDevice,
     pub(super) answer: Answer,
     pub(super) verdict: Verdict,
+    /// What a guest is offered, as far as the hardware goes; `None`: its IOMMU takes no tables.
+    pub(super) offer: Option<Offer>,
     /// Those of the device alone.
     pub(super) obstacles: Vec<Obstacle>,
     pub(super) notes: Vec<String>,
+}
+
+/// What PROBE would say of a device that is handed over.
+pub(super) struct Offer {
+    pub(super) way: Way,
+    pub(super) waits: Waits,
 }
 
 /// Something that was not seen.
@@ -175,7 +183,11 @@ impl DeviceReport {
         let of_iommu = iommu.map_or(&[][..], |iommu| &iommu.obstacles);
         let verdict = Verdict::of(of_machine.iter().chain(of_iommu).chain(&obstacles), &answer);
         let notes = note::device(&device, instance.map(|instance| instance.kind), capabilities, &answer);
-        Self { device, answer, verdict, obstacles, notes }
+        let offer = iommu.and_then(|iommu| {
+            let (kind, system) = (iommu.instance.kind, &machine.system);
+            Some(Offer { way: iommu.way?, waits: Waits::of(system, &device, kind, capabilities) })
+        });
+        Self { device, answer, verdict, offer, obstacles, notes }
     }
 }
 

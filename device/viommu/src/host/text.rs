@@ -5,10 +5,10 @@ use std::fmt::Write as _;
 use comfy_table::{ColumnConstraint, Table, Width, presets};
 use viommu_host_iommufd::sysfs::{Bdf, IommuKind, PciDevice, RegionKind, Seen};
 
-use super::judge::{Answer, Verdict, Way};
+use super::judge::{Answer, Verdict, Waits, Way};
 use super::names::Names;
 use super::obstacle::{Obstacle, Step, for_devices, listed};
-use super::report::{DeviceReport, IommuReport, Report};
+use super::report::{DeviceReport, IommuReport, Offer, Report};
 
 const WIDTH: usize = 100;
 /// Where the text of a labelled line begins.
@@ -152,9 +152,11 @@ fn abilities(page: &mut Page, iommu: &IommuReport) {
         "hands over",
         match iommu.way {
             Some(Way::PasidTable) => {
-                "the guest's PASID table (context descriptors), and with it its page tables"
+                "the guest's PASID table (context descriptors), natively; page tables one by one, mediated"
             }
-            Some(Way::PageTables) => "the guest's page tables, one for each PASID",
+            Some(Way::PageTables) => {
+                "the guest's page tables, one for each PASID, natively; its PASID table, mediated"
+            }
             None => "nothing; MAP and UNMAP requests need no handover",
         },
     );
@@ -232,6 +234,16 @@ fn device(page: &mut Page, report: &Report, each: &DeviceReport, names: &Names) 
     let (vendor, id, class) = (device.vendor, device.device, device.class);
     page.field("identity", &format!("vendor {vendor:04x}, device {id:04x}, class {class:06x}"));
     page.field("handover", verdict(each.verdict));
+    if let Some(Offer { way, waits }) = &each.offer {
+        let [pasid_table, page_table] = way.kinds();
+        page.field("offered", &format!("PASID table: {pasid_table}; page table by PASID: {page_table}"));
+        let answer = match waits {
+            Waits::Likely => "likely",
+            Waits::No(_) => "no",
+            Waits::Unseen(_) => "not known",
+        };
+        page.field("page requests", &format!("{answer}: {}", waits.reason()));
+    }
     page.field("driver", device.driver.as_deref().unwrap_or("none"));
     if let Some(vfio) = &device.vfio {
         let file = vfio.node.as_ref().map_or("no file".to_owned(), |node| node.path.display().to_string());

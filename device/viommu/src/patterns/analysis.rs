@@ -6,8 +6,8 @@ use std::io::Read;
 use pgtable_formats::IovaRange;
 use serde::Serialize;
 use viommu_device::Status;
-use viommu_queue::record::{Accessed, Clock, Event, TraceError, TraceReader};
-use viommu_wire::Request;
+use viommu_queue::record::{Accessed, Clock, Event, Outcome, TraceError, TraceReader, Waited};
+use viommu_wire::{AttachTable, Request, TableDescriptor};
 
 use super::endpoint::{Endpoint, EndpointFacts};
 use super::saving::Saving;
@@ -137,16 +137,29 @@ impl Pass {
         match event {
             Event::Request { readable, status } => self.request(world, readable, status),
             Event::Access(access) => {
-                self.accesses += 1;
+                // One that waits comes again.
+                self.accesses += u64::from(!matches!(access.outcome, Outcome::Waits { .. }));
                 let id = access.stream.endpoint.0;
                 let Some(range) = range(&access) else { return };
                 let kind = world.kind(id);
-                if access.stream.pasid.is_none() && access.outcome == viommu_queue::record::Outcome::Passed {
+                if access.stream.pasid.is_none() && access.outcome == Outcome::Passed {
                     world.touch(id, range);
                 }
                 if let Some(endpoint) = self.watched.endpoint(id, self.entries) {
                     endpoint.event(now);
-                    endpoint.access(&access, range, kind);
+                    endpoint.access(&access, range, kind, now);
+                }
+            }
+            Event::PageRequest(asked) => {
+                if let Some(endpoint) = self.watched.endpoint(asked.stream.endpoint.0, self.entries) {
+                    endpoint.event(now);
+                    endpoint.waits.told(&asked, now);
+                }
+            }
+            Event::Waited(Waited { stream, group, end }) => {
+                if let Some(endpoint) = self.watched.endpoint(stream.endpoint.0, self.entries) {
+                    endpoint.event(now);
+                    endpoint.waits.ended((stream.pasid, group), end, now);
                 }
             }
             Event::Kick { .. } => {
@@ -186,10 +199,14 @@ impl Pass {
                         endpoint.mapped(range, map.phys_start.0);
                     }
                 }
+                Request::AttachTable(AttachTable { table: TableDescriptor::Unbind { .. }, .. }) => {}
                 Request::Attach(_) | Request::AttachTable(_) => {
                     if let Some(kind) = concern.kind {
                         *endpoint.attached.entry(kind).or_insert(0) += 1;
                     }
+                }
+                Request::PageResponse(response) => {
+                    endpoint.waits.answered((response.pasid, response.group_id), response.code, now);
                 }
                 _ => {}
             }

@@ -12,6 +12,7 @@ use super::histogram::Histogram;
 use super::locality::{Iotlb, PER_ACCESS, Reuse, Verdicts};
 use super::saving::Saving;
 use super::stride::{StrideFacts, Strides};
+use super::waits::{WaitFacts, Waits};
 use super::world::{Kind, Mapping, Moment};
 
 /// Addresses and pieces of memory that are recognised when they are mapped again, and PASIDs that are counted.
@@ -26,6 +27,7 @@ pub(super) struct Endpoint {
     iotlb: Iotlb,
     reuse: Reuse,
     strides: Strides,
+    pub(super) waits: Waits,
     seen: Seen,
     /// Events that are about it.
     pub(super) events: u64,
@@ -104,6 +106,8 @@ pub(super) struct EndpointFacts {
     pub(super) accesses: Accesses,
     pub(super) strides: StrideFacts,
     pub(super) iotlb: Locality,
+    /// Accesses that waited for a page, if any.
+    pub(super) waits: Option<WaitFacts>,
     #[serde(skip)]
     pub(super) extents: Extents,
     /// The number of its first event, and of its last one.
@@ -120,6 +124,7 @@ impl Endpoint {
             iotlb: Iotlb::new(entries),
             reuse: Reuse::new(),
             strides: Strides::default(),
+            waits: Waits::default(),
             seen: Seen::default(),
             events: 0,
             span: None,
@@ -155,7 +160,11 @@ impl Endpoint {
         self.iotlb.forget(what);
     }
 
-    pub(super) fn access(&mut self, access: &Accessed, range: IovaRange, kind: Option<Kind>) {
+    pub(super) fn access(&mut self, access: &Accessed, range: IovaRange, kind: Option<Kind>, now: Moment) {
+        if let Outcome::Waits { group } = access.outcome {
+            self.extents.add(access.stream.pasid, range);
+            return self.waits.tried((access.stream.pasid, group), range, access.access, now);
+        }
         let facts = &mut self.accesses;
         facts.total += 1;
         facts.bytes = facts.bytes.saturating_add(access.length.into());
@@ -175,6 +184,7 @@ impl Endpoint {
         self.strides.add(pasid, write, access.iova.0, access.length);
         // A fault is not cached.
         if access.outcome == Outcome::Passed {
+            self.waits.passed(pasid, range);
             let (first, last) = (range.start().0 >> 12, range.last().0 >> 12);
             facts.long += u64::from(last - first >= PER_ACCESS);
             for page in (first..=last).take(usize::try_from(PER_ACCESS).unwrap_or(usize::MAX)) {
@@ -193,6 +203,7 @@ impl Endpoint {
             iotlb,
             reuse,
             strides,
+            waits,
             seen,
             events,
             span,
@@ -218,6 +229,7 @@ impl Endpoint {
             accesses,
             strides,
             iotlb,
+            waits: waits.facts(),
             extents,
             span,
         }
@@ -246,6 +258,7 @@ pub(super) const fn outcome(outcome: Outcome) -> &'static str {
         Outcome::Configuration => "configuration",
         Outcome::TableAccess => "table_access",
         Outcome::Malformed => "malformed",
+        Outcome::Waits { .. } => "waits",
     }
 }
 

@@ -51,7 +51,7 @@ impl Histogram {
         self.most = self.most.max(value);
     }
 
-    #[cfg(test)]
+    /// How many values.
     pub(super) fn count(&self) -> u64 {
         self.count
     }

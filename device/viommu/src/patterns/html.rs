@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use super::analysis::Analysis;
 use super::endpoint::EndpointFacts;
 use super::raster::{Drawing, Raster};
+use super::waits::{WaitFacts, picture};
 use super::{story, svg};
 use crate::hil::report::escape;
 
@@ -112,8 +113,12 @@ fn endpoint(page: &mut String, analysis: &Analysis, facts: &EndpointFacts, raste
             page.push_str(
                 "<p class=\"legend\"><span class=\"key held\"></span>mapped by MAP \
                  <span class=\"key read\"></span>read <span class=\"key write\"></span>written \
-                 <span class=\"key refused\"></span>refused</p>\n</figure>\n",
+                 <span class=\"key refused\"></span>refused",
             );
+            if facts.waits.is_some() {
+                page.push_str(" <span class=\"key asked\"></span>waited");
+            }
+            page.push_str("</p>\n</figure>\n");
             if raster.bands_left_out > 0 || facts.extents.more {
                 paragraph(
                     page,
@@ -124,11 +129,43 @@ fn endpoint(page: &mut String, analysis: &Analysis, facts: &EndpointFacts, raste
         }
         None => paragraph(page, "soft", "Addresses are drawn for the endpoints with most events only."),
     }
+    if let Some(waits) = &facts.waits {
+        self::waits(page, raster, waits);
+    }
     page.push_str("<div class=\"small\">\n");
     for (caption, picture) in svg::small(facts, analysis.unit) {
         let _ = writeln!(page, "<figure><figcaption>{caption}</figcaption>\n{picture}</figure>");
     }
     page.push_str("</div>\n");
+}
+
+/// What had to wait for pages.
+fn waits(page: &mut String, raster: Option<&Raster>, facts: &WaitFacts) {
+    if let Some((raster, lanes)) = raster.and_then(|raster| Some((raster, raster.waits.as_ref()?))) {
+        page.push_str(
+            "<figure>\n<figcaption>Page faults over time, by address space. Each bar is an access that waits for a page; \
+             the marks below are accesses that did not.</figcaption>\n",
+        );
+        page.push_str(&picture::time(raster, lanes, facts));
+        page.push_str(
+            "<p class=\"legend\"><span class=\"key queued\"></span>the driver does not know yet \
+             <span class=\"key asked\"></span>until it has answered \
+             <span class=\"key woken\"></span>until the device goes on \
+             <span class=\"key read\"></span>passed <span class=\"key refused\"></span>refused</p>\n</figure>\n",
+        );
+    }
+    page.push_str(
+        "<figure>\n<figcaption>Which pages the device touched first: by address, with the number of each in the order of \
+         its address space; the later, the paler.</figcaption>\n",
+    );
+    page.push_str(&picture::touches(facts));
+    page.push_str(
+        "<p class=\"legend\"><span class=\"key woken\"></span>it was there <span class=\"key asked\"></span>made on \
+         demand <span class=\"key refused\"></span>refused</p>\n</figure>\n",
+    );
+    if facts.more {
+        paragraph(page, "soft", "More was waited for, or touched, than there is room for.");
+    }
 }
 
 fn footer(page: &mut String, analysis: &Analysis) {

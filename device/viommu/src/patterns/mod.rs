@@ -14,6 +14,7 @@ mod svg;
 #[cfg(test)]
 mod tests;
 mod text;
+mod waits;
 mod world;
 
 use std::fs::File;
@@ -25,8 +26,8 @@ use anyhow::{Context as _, ensure};
 use clap::Args;
 use viommu_queue::record::TraceReader;
 
-/// How devices use their mappings, from a trace: how long mappings live, how often they are used, hits and misses, and
-/// what a handover of page tables would save.
+/// How devices use their mappings, from a trace: how long mappings live, how often they are used, hits and misses, how
+/// long accesses wait for pages that are not there, and what a handover of page tables would save.
 ///
 /// A trace is what `viommu demo --trace FILE` writes, or a VMM with viommu_queue::record. Everything told is counted in
 /// the trace. What is only thought is said so: an IOTLB of --iotlb entries for each endpoint, pages of 4 KiB, the least

@@ -10,6 +10,7 @@ use viommu_wire::{AccessFlags, Request};
 
 use super::analysis::{Analysis, each, range};
 use super::endpoint::EndpointFacts;
+use super::waits::lanes::Lanes;
 use super::world::{Kind, Mapping, Moment, Stale, Watcher, World};
 
 /// Endpoints that are drawn: those with most events.
@@ -51,6 +52,8 @@ pub(super) struct Raster {
     pub(super) invalidates: Vec<u32>,
     /// How the endpoint was translated from which column on.
     pub(super) kinds: Vec<(usize, Option<Kind>)>,
+    /// Where accesses wait.
+    pub(super) waits: Option<Lanes>,
 }
 
 /// Events `first..=last` in columns of the same number of events.
@@ -83,6 +86,7 @@ pub(super) struct Band {
     pub(super) read: Plane,
     pub(super) written: Plane,
     pub(super) refused: Plane,
+    pub(super) waited: Plane,
 }
 
 /// One bit for each row and column.
@@ -191,11 +195,15 @@ impl Canvas {
                 }
                 let (Some(range), Some(raster)) = (range(&access), self.rasters.get_mut(&id)) else { return };
                 let column = raster.time.column(now.event);
+                if let Some(lanes) = &mut raster.waits {
+                    lanes.access(&access, column);
+                }
                 for band in raster.bands.iter_mut().filter(|band| band.pasid == access.stream.pasid) {
                     let Some(rows) = band.rows(range) else { continue };
                     let plane = match access.outcome {
                         Outcome::Passed if access.access.contains(AccessFlags::WRITE) => &mut band.written,
                         Outcome::Passed => &mut band.read,
+                        Outcome::Waits { .. } => &mut band.waited,
                         _ => &mut band.refused,
                     };
                     plane.set(rows, (column, column));
@@ -203,7 +211,8 @@ impl Canvas {
             }
             Event::Request { readable, status } => {
                 let Ok(request) = Request::decode(readable) else { return };
-                let concern = world.apply(&request, status == Some(Status::Ok), now, self);
+                let done = status == Some(Status::Ok);
+                let concern = world.apply(&request, done, now, self);
                 let whole = self.whole.column(now.event);
                 for id in concern.endpoints {
                     if let Some(lane) = self.lanes.get_mut(&id) {
@@ -212,6 +221,9 @@ impl Canvas {
                     let Some(raster) = self.rasters.get_mut(&id) else { continue };
                     let column = raster.time.column(now.event);
                     raster.kind(column, world.kind(id));
+                    if let Some(lanes) = raster.waits.as_mut().filter(|_| done) {
+                        lanes.request(&request, column);
+                    }
                     let counts = match request {
                         Request::Map(_) => &mut raster.maps,
                         Request::Unmap(_) => &mut raster.unmaps,
@@ -225,7 +237,7 @@ impl Canvas {
                 world.reset(self);
                 self.rasters.values_mut().for_each(|raster| raster.kind(raster.time.column(now.event), None));
             }
-            Event::Kick { .. } => {}
+            Event::Kick { .. } | Event::PageRequest(_) | Event::Waited(_) => {}
         }
     }
 
@@ -263,8 +275,8 @@ impl Raster {
         let pieces = facts.extents.pieces();
         let bands = pieces.iter().take(MAX_BANDS).map(|&(pasid, range)| {
             let plane = Plane::new(rows(range), columns);
-            let [mapped, read, written] = [plane.clone(), plane.clone(), plane.clone()];
-            Band { pasid, range, mapped, read, written, refused: plane }
+            let [mapped, read, written, waited] = std::array::from_fn(|_| plane.clone());
+            Band { pasid, range, mapped, read, written, refused: plane, waited }
         });
         Self {
             endpoint: facts.endpoint,
@@ -275,12 +287,18 @@ impl Raster {
             unmaps: vec![0; columns],
             invalidates: vec![0; columns],
             kinds: vec![(0, None)],
+            waits: facts.waits.as_ref().map(|waits| Lanes::new(waits, columns)),
         }
     }
 
     /// Pieces of time; each is the same number of events.
     pub(super) fn columns(&self) -> usize {
         self.time.columns()
+    }
+
+    /// The column of an event.
+    pub(super) fn column(&self, event: u64) -> usize {
+        self.time.column(event)
     }
 
     /// The first event and the last one.

@@ -7,6 +7,7 @@ use super::endpoint::EndpointFacts;
 use super::histogram::Histogram;
 use super::locality::PER_ACCESS;
 use super::saving::Saving;
+use super::waits;
 use super::world::Kind;
 
 /// What holds for the whole trace, in paragraphs.
@@ -84,6 +85,7 @@ pub(super) fn cautions(analysis: &Analysis) -> Vec<String> {
 pub(super) fn endpoint(facts: &EndpointFacts, unit: Unit) -> Vec<String> {
     let mut told = Vec::new();
     told.push(accesses(facts));
+    told.extend(facts.waits.iter().flat_map(|waits| waits::story::story(facts, waits, unit)));
     told.extend(mappings(facts, unit));
     told.extend(own_table(facts));
     told.extend(strides(facts));
@@ -227,7 +229,7 @@ fn cache(facts: &EndpointFacts) -> Option<String> {
 }
 
 /// One value, or the median and the ends.
-fn spread(histogram: &Histogram, show: &dyn Fn(u64) -> String) -> Option<String> {
+pub(super) fn spread(histogram: &Histogram, show: &dyn Fn(u64) -> String) -> Option<String> {
     let (least, most) = histogram.ends()?;
     if least == most {
         return Some(show(least));

@@ -10,12 +10,13 @@ use super::histogram::Histogram;
 use super::raster::{Band, Lane, Raster};
 use super::saving::Saving;
 use super::story::{bytes, distance, duration, number, percent, plural};
+use super::waits;
 use super::world::Kind;
 
 const WIDTH: f64 = 980.0;
-/// Where time starts in the large picture.
-const LEFT: f64 = 168.0;
-const RIGHT: f64 = WIDTH - 12.0;
+/// Where time starts in the large pictures, and where it ends.
+pub(super) const LEFT: f64 = 168.0;
+pub(super) const RIGHT: f64 = WIDTH - 12.0;
 const MIN_BAND: f64 = 20.0;
 const ROW: f64 = 2.5;
 
@@ -250,9 +251,13 @@ fn band(
         );
     }
     let row = height / band.mapped.rows() as f64;
-    for (class, plane) in
-        [("held", &band.mapped), ("read", &band.read), ("write", &band.written), ("refused", &band.refused)]
-    {
+    for (class, plane) in [
+        ("held", &band.mapped),
+        ("read", &band.read),
+        ("write", &band.written),
+        ("asked", &band.waited),
+        ("refused", &band.refused),
+    ] {
         let mut path = String::new();
         for (at, column, count) in plane.runs(columns) {
             let wide = (step * count as f64).max(1.2);
@@ -297,6 +302,7 @@ pub(super) fn small(facts: &EndpointFacts, unit: Unit) -> Vec<(String, String)> 
             bars(&histogram(&facts.accesses.sizes, &bytes), "access-bar"),
         ));
     }
+    pictures.extend(facts.waits.iter().flat_map(|waits| waits::picture::small(waits, unit)));
     if facts.strides.steps > 0 {
         let strides = &facts.strides;
         let mut rows: Vec<(String, u64)> =
@@ -322,7 +328,7 @@ fn uses(count: u64) -> String {
 }
 
 /// At most ten rows: value by value where there are few, else by powers of two.
-fn histogram(histogram: &Histogram, show: &dyn Fn(u64) -> String) -> Vec<(String, u64)> {
+pub(super) fn histogram(histogram: &Histogram, show: &dyn Fn(u64) -> String) -> Vec<(String, u64)> {
     const ROWS: usize = 10;
     if let Some(values) = histogram.values(6) {
         return values.into_iter().map(|(value, count)| (show(value), count)).collect();
@@ -356,7 +362,7 @@ fn plain(value: u64, show: &dyn Fn(u64) -> String) -> String {
 }
 
 /// Rows of a name, a bar and a number.
-fn bars(rows: &[(String, u64)], class: &str) -> String {
+pub(super) fn bars(rows: &[(String, u64)], class: &str) -> String {
     let (left, width) = (150.0, 190.0);
     let most = rows.iter().map(|&(_, count)| count).max().unwrap_or(0).max(1);
     let all: u64 = rows.iter().map(|&(_, count)| count).sum();
@@ -458,7 +464,7 @@ fn curve(locality: &Locality) -> String {
     text
 }
 
-fn begin(height: f64, title: &str) -> String {
+pub(super) fn begin(height: f64, title: &str) -> String {
     format!("<svg class=\"wide\" viewBox=\"0 0 {WIDTH} {height:.0}\" role=\"img\" aria-label=\"{title}\">\n")
 }
 

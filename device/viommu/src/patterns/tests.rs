@@ -3,10 +3,12 @@
 use pgtable_formats::{Gpa, Iova, Pasid};
 use viommu_device::Status;
 use viommu_device::host::Stream;
-use viommu_queue::record::{Accessed, Event, Outcome, Recorder as _, Tape, TraceReader};
+use viommu_queue::record::{
+    Accessed, Event, Outcome, PageAsked, Recorder as _, Tape, TraceReader, WaitEnd, Waited,
+};
 use viommu_wire::{
-    AccessFlags, Attach, AttachFlags, Detach, DomainId, EndpointId, Map, MapFlags, Request, RequestType,
-    Unmap,
+    AccessFlags, Attach, AttachFlags, Detach, DomainId, EndpointId, Map, MapFlags, PageResponse,
+    PageResponseCode, Request, RequestType, Unmap,
 };
 
 use super::analysis::{Analysis, analyse};
@@ -51,6 +53,30 @@ impl Script {
         let stream = Stream { endpoint: EndpointId(endpoint), pasid: pasid.and_then(Pasid::new) };
         let access = AccessFlags::READ;
         self.0.record(Event::Access(Accessed { stream, iova: Iova(iova), length, access, outcome }));
+    }
+
+    fn stream(pasid: u32) -> Stream {
+        Stream { endpoint: EndpointId(8), pasid: Pasid::new(pasid) }
+    }
+
+    /// A page that is not there, and of which the driver is told.
+    fn faults(&self, pasid: u32, page: u64, group: u16) {
+        self.access(8, Some(pasid), page * PAGE + 8, 8, Outcome::Waits { group });
+        let (address, access) = (Iova(page * PAGE + 8), AccessFlags::READ);
+        let asked = PageAsked { stream: Self::stream(pasid), address, access, group, last: true };
+        self.0.record(Event::PageRequest(asked));
+    }
+
+    fn responds(&self, pasid: u32, group: u16, code: PageResponseCode) {
+        let (endpoint, pasid) = (EndpointId(8), Pasid::new(pasid));
+        self.request(
+            Request::PageResponse(PageResponse { endpoint, pasid, group_id: group, code }),
+            Status::Ok,
+        );
+    }
+
+    fn goes_on(&self, pasid: u32, group: u16, end: WaitEnd) {
+        self.0.record(Event::Waited(Waited { stream: Self::stream(pasid), group, end }));
     }
 
     fn bytes(self) -> Vec<u8> {
@@ -247,4 +273,84 @@ fn the_page_is_one_file_and_shows_each_picture() {
         assert!(!page.contains(foreign), "{foreign}");
     }
     assert!(page.contains("prefers-color-scheme:dark"));
+}
+
+/// Two pages in order for PASID 1, one of them by two accesses; one for PASID 2 that is taken away; one that is refused,
+/// one whose device gives up, and one that goes on.
+fn paging() -> Script {
+    let script = Script::new();
+    script.faults(1, 0x10, 0);
+    script.access(8, Some(1), 0x10 * PAGE + 16, 8, Outcome::Waits { group: 0 });
+    script.faults(2, 0x40, 1);
+    script.responds(1, 0, PageResponseCode::Success);
+    script.goes_on(1, 0, WaitEnd::Retry);
+    // One that polls asks again.
+    script.goes_on(1, 0, WaitEnd::Retry);
+    script.access(8, Some(1), 0x10 * PAGE + 8, 8, Outcome::Passed);
+    script.goes_on(2, 1, WaitEnd::Failed);
+    script.access(8, Some(2), 0x40 * PAGE + 8, 8, Outcome::Configuration);
+    script.faults(1, 0x11, 2);
+    script.responds(1, 2, PageResponseCode::Success);
+    script.goes_on(1, 2, WaitEnd::Retry);
+    script.access(8, Some(1), 0x11 * PAGE + 8, 8, Outcome::Passed);
+    script.access(8, Some(1), 0x12 * PAGE, 8, Outcome::Passed);
+    // The same number for another group; the device does not tell when it goes on.
+    script.faults(1, 0x20, 0);
+    script.responds(1, 0, PageResponseCode::Invalid);
+    script.faults(1, 0x21, 0);
+    script.goes_on(1, 0, WaitEnd::TimedOut);
+    script.faults(1, 0x10, 7);
+    script.kick();
+    script
+}
+
+#[test]
+fn waits_are_followed_to_their_end() {
+    let analysis = paging().analyse();
+    let [facts] = &analysis.endpoints[..] else { panic!("one endpoint") };
+    // What waits comes again, and counts then.
+    assert_eq!((analysis.accesses, facts.accesses.total, facts.faults()), (4, 4, 1));
+    let waits = facts.waits.as_ref().unwrap();
+    assert_eq!((waits.waits, waits.told, waits.most_at_a_time), (6, 6, 2));
+    let ends = [("closed", 1), ("gave_up", 1), ("open", 1), ("refused", 1), ("served", 2)];
+    assert_eq!(waits.ends.iter().map(|(name, count)| (*name, *count)).collect::<Vec<_>>(), ends);
+    // From the first access on: of PASID 1, 6 events, then 3; of PASID 2, 6; 2 until the refusal, 2 until it gave up.
+    assert_eq!(waits.lengths.values(8), Some(vec![(2, 2), (3, 1), (6, 2)]));
+    assert_eq!(waits.answers.values(8), Some(vec![(1, 2), (4, 1)]));
+    assert_eq!((waits.follows, waits.again), (2, 1), "0x11 behind 0x10, 0x21 behind 0x20; 0x10 once more");
+    assert_eq!(waits.by_pasid.iter().collect::<Vec<_>>(), [(&1, &5), (&2, &1)]);
+    // 0x12 was there.
+    assert_eq!((waits.pages, waits.pages_waited_for), (6, 5));
+
+    let words = text::text(&analysis).split_whitespace().collect::<Vec<_>>().join(" ");
+    for sentence in [
+        "Its device met no page 6 times, and waited: 2 ended with a page.",
+        "the driver refused 1; 1 ended without an answer of the driver's",
+        "the 8 KiB of memory behind these waits",
+        "Of the 6 pages that the device touched, 5 (83 %) were not there at the first touch.",
+        "2 of the page requests (33 %) were for the page behind",
+    ] {
+        assert!(words.contains(sentence), "{sentence}\n{words}");
+    }
+}
+
+#[test]
+fn waits_are_drawn() {
+    let bytes = paging().bytes();
+    let analysis = analyse(&mut TraceReader::new(&bytes[..]).unwrap(), 64, false).unwrap();
+    let drawing = raster::draw(&mut TraceReader::new(&bytes[..]).unwrap(), &analysis, false).unwrap();
+    let lanes = drawing.rasters[0].waits.as_ref().unwrap();
+    let marks = |marks: &[bool]| marks.iter().filter(|&&mark| mark).count();
+    let [first, second] = &lanes.lanes[..] else { panic!("two PASIDs") };
+    assert_eq!((marks(&first.passed), marks(&first.refused)), (3, 0));
+    assert_eq!((marks(&second.passed), marks(&second.refused)), (0, 1));
+    assert_eq!(lanes.answers.iter().sum::<u32>(), 3);
+    let page = html::page("trace", &analysis, &drawing);
+    assert_eq!(page.matches("<svg").count(), page.matches("</svg>").count());
+    for piece in
+        ["Page faults over time", "5 waits", "1 wait<", "read 0x10008: SUCCESS", "0x40008: ended without"]
+    {
+        assert!(page.contains(piece), "{piece}");
+    }
+    assert!(!page.contains("NaN"));
 }

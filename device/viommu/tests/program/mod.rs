@@ -177,6 +177,44 @@ pub(crate) fn attach_page_table(domain: u32, endpoint: u32, root: u64, width: u3
     )
 }
 
+/// A VMSAv8-64 page table for one PASID: T0SZ, granule and the rest of TCR as Linux has them for 48 bits and 4 KiB.
+pub(crate) fn attach_arm_page_table(domain: u32, endpoint: u32, root: u64, asid: u16, pasid: u32) -> String {
+    // T0SZ 16, IRGN0 and ORGN0 write-back, SH0 inner, EPD1, IPS 48 bits.
+    let tcr: u64 = 16 | 1 << 8 | 1 << 10 | 3 << 12 | 1 << 23 | 5 << 32;
+    format!(
+        "req 06000000{}{}80000000{}{}0000{}{}{}{}{} 4",
+        le32(domain),
+        le32(endpoint),
+        le32(pasid),
+        hex(&asid.to_le_bytes()),
+        le64(tcr),
+        le64(root),
+        le64(0),
+        le64(0xff),
+        zeros(68)
+    )
+}
+
+/// The event of a page request, the last one of its group, with PASID and address.
+pub(crate) fn page_request(endpoint: u32, access: u32, pasid: u32, address: u64, group: u16) -> String {
+    // LAST, PAGE_REQ, ADDRESS, PASID, GROUP_ID.
+    let flags = access | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 10;
+    format!(
+        "used 48 02000000{}{}{}{}{}{}",
+        le32(flags),
+        le32(endpoint),
+        le32(pasid),
+        le64(address),
+        hex(&group.to_le_bytes()),
+        zeros(22)
+    )
+}
+
+/// Unbinds a PASID: ATTACH_TABLE with format 0.
+pub(crate) fn unbind(domain: u32, endpoint: u32, pasid: u32) -> String {
+    format!("req 06000000{}{}00000000{}{} 4", le32(domain), le32(endpoint), le32(pasid), zeros(104))
+}
+
 /// Everything of a domain.
 pub(crate) fn invalidate_domain(domain: u32) -> String {
     format!("req 070000000103{}{}{} 4", "0000", le32(domain), zeros(48))

@@ -79,7 +79,7 @@ pub(super) fn compare<B: Bench>(stage: &mut Stage<'_, B>, index: usize) -> anyho
     guest.reaches(stage.station(index)?, AT, page, BURST)?;
     bound.end(&mut guest)?;
     let station = stage.station(index)?;
-    let buffers: u32 = if station.is_slow() { 8 } else { 256 };
+    let buffers: u32 = if station.is_slow() { 3 } else { 256 };
     let mut rows = Vec::new();
     for size_lg2 in [12, 16] {
         let memory = guest.block(size_lg2)?;

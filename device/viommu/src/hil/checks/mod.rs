@@ -4,6 +4,7 @@ mod budget;
 mod faults;
 mod interrupts;
 mod invalidate;
+mod kinds;
 mod lifetime;
 mod modes;
 mod pair;
@@ -82,6 +83,13 @@ pub(super) fn all<B: Bench>() -> Vec<Check<B>> {
         device("map-unmap", "MAP and UNMAP requests work on the same device", modes::map_unmap),
         device("map-read-only", "a MAP without WRITE refuses writes", modes::map_read_only),
         device("between-modes", "table, mappings and bypass take turns on one device", modes::between),
+        device(
+            "mediated-table",
+            "the kind of table that the hardware does not take works as its own, to the end",
+            kinds::mediated,
+        ),
+        device("mediated-turns", "both kinds of table take turns on one device", kinds::between),
+        device("mediated-window", "no DMA changes a table of the machine's own", kinds::window),
         device(
             "msi-mapped",
             "an MSI arrives through the guest's table where the window is mapped",

@@ -128,7 +128,7 @@ fn capture_on<B: Bench>(
     let mut comparer = Comparer::new(&guest, &endpoint, caps)?;
     let mut mappings = 0;
     for table in &capture.endpoints {
-        let probes = probes(table, if station.is_slow() { 2 } else { usize::MAX });
+        let probes = probes(table, if station.is_slow() { 1 } else { usize::MAX });
         mappings += table.mappings.len();
         comparer.expected = Some(table.clone());
         comparer.table(&mut guest, station, &endpoint, table.table, &probes, &|_| String::new())?;

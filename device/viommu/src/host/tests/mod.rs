@@ -9,7 +9,7 @@ use viommu_host_iommufd::examine::Examined;
 use viommu_host_iommufd::kernel::{HwCapabilities, HwInfo, HwKind};
 use viommu_host_iommufd::sysfs::{Architecture, Bdf, CpuMaker, PciDevice};
 
-use super::judge::{Answer, Verdict};
+use super::judge::{Answer, Verdict, Waits};
 use super::names::Names;
 use super::no_iommu::NoIommu;
 use super::obstacle::{Incapable, Obstacle, Question, Weight};
@@ -157,6 +157,11 @@ fn arm_server_with_canwbs() {
     assert_eq!(document["iommus"][0]["capabilities"]["granules"], serde_json::json!([4096, 16384, 65536]));
     assert_eq!(document["iommus"][0]["way"], "pasid-table");
     assert_eq!(document["devices"][0]["pci"]["pasid_bits"], 20);
+    let offer = &document["devices"][0]["offer"];
+    assert_eq!((&offer["pasid_table"], &offer["page_table"]), (&"native".into(), &"mediated".into()));
+    // It has PRI; but not behind an SMMUv3.
+    assert_eq!(document["devices"][0]["pci"]["page_requests"], true);
+    assert_eq!(offer["page_requests"], "no");
     assert_eq!(document["devices"][0]["kernel"]["nested_table"], "ok");
     assert_eq!(document["devices"][0]["reserved_regions"][0]["start"], "0x8000000");
     assert_eq!(document["devices"][1]["obstacles"][0]["code"], "driver");
@@ -273,6 +278,21 @@ fn intel_needs_scalable_mode_and_nesting() {
     assert_says(&page(&report), &["table levels 4 or 5", "PASIDs 20 bits", "57 bits in, 48 bits out"]);
     let device = device(&report, "0000:6a:01.0");
     assert!(device.notes.iter().any(|note| note.contains("vfio-pci hides its PASID capability")));
+    let offer = device.offer.as_ref().unwrap();
+    assert_eq!(offer.way.kinds(), ["mediated", "native"]);
+}
+
+/// The truth about page requests takes all of it: device, IOMMU and kernel.
+#[test]
+fn intel_page_requests_need_the_iommu_too() {
+    const PRS: u64 = 1 << 29;
+    for (ecap, wanted) in [(NESTING, Waits::Likely), (NESTING & !PRS, Waits::No(""))] {
+        let report = looked_at(&intel_server(ecap, "intel_iommu=on,sm_on"));
+        let device = device(&report, "0000:6a:01.0");
+        let waits = device.offer.as_ref().unwrap().waits;
+        assert_eq!(std::mem::discriminant(&waits), std::mem::discriminant(&wanted), "{}", waits.reason());
+        assert!(!waits.reason().is_empty());
+    }
 }
 
 #[test]
