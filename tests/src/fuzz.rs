@@ -15,7 +15,7 @@ use std::sync::Arc;
 use arbitrary::Unstructured;
 
 use crate::model::generate::{Hints, op};
-use crate::model::{Direct, Harness, World};
+use crate::model::{Direct, Harness, Made, Native, Subject, World};
 
 pub use queue::queue_bytes;
 pub use tables::walker;
@@ -42,22 +42,32 @@ pub fn context_tables(bytes: &[u8]) {
 /// Operations of one input.
 const MAX_OPS: usize = 400;
 
-/// Any operations on a device, next to the model.
+/// Any operations on a device, next to the model, over a machine that takes every kind of table or one.
 pub fn device_sequences(bytes: &[u8]) {
     let mut bytes = Unstructured::new(bytes);
-    let worlds = World::all();
-    let world = bytes.choose_index(8 * worlds.len()).unwrap_or(0);
-    let mut harness = Harness::<Direct>::new(&Arc::new(worlds[world / 8].clone()));
+    let native = World::native();
+    let worlds: Vec<World> = native.into_iter().chain(World::made()).collect();
+    let chosen = bytes.choose_index(8 * worlds.len()).unwrap_or(0);
+    let world = Arc::new(worlds[chosen / 8].clone());
+    // Looking at everything takes as long as many operations.
+    let looks = chosen % 8 == 7;
+    match world.mediated {
+        None => sequence::<Direct<Native>>(&world, &mut bytes, looks),
+        Some(_) => sequence::<Direct<Made>>(&world, &mut bytes, looks),
+    }
+}
+
+fn sequence<S: Subject>(world: &Arc<World>, bytes: &mut Unstructured<'_>, looks: bool) {
+    let mut harness = Harness::<S>::new(world);
     harness.prepare();
     for _ in 0..MAX_OPS {
         if bytes.is_empty() {
             break;
         }
         let hints = Hints::new(&harness.model);
-        harness.step(&op(&mut bytes, &hints));
+        harness.step(&op(bytes, &hints));
     }
-    // Looking at everything takes as long as many operations.
-    if world % 8 == 7 {
+    if looks {
         harness.finish();
     }
 }

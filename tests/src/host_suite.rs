@@ -7,21 +7,47 @@
 //! No machine can do everything. What one cannot, it says with its reason ([`HostUnderTest::cannot`]); each check that
 //! leaves something out for it says so (`skipped: CHECK: ABILITY: REASON`), and a test holds the list of what was left
 //! out against the one that is expected ([`skips`]). An ability that is denied although the host has it is a failure.
+//!
+//! Which machines run it, with which kinds of tables, and what each leaves out, is in [`cells`].
 
 mod abilities;
+pub mod cells;
 mod checks;
 pub mod iommufd;
+pub mod mediated;
+pub mod memory;
+mod page_requests;
+mod restricted;
+pub mod soft;
 mod tables;
 
 use std::collections::BTreeSet;
 
 use pgtable_formats::{AccessKind, TableAlloc, TableMem};
 use viommu_device::host::{FaultReport, Host, Stream};
+use viommu_device::soft::Answer;
 use viommu_wire::EndpointId;
 
 pub use abilities::{Ability, Denied};
 pub use checks::*;
+pub use page_requests::*;
+pub use restricted::Restricted;
 pub use tables::*;
+
+/// What becomes of an access.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Attempt {
+    /// It leads there.
+    Reaches(u64),
+    /// It fails.
+    Fails,
+    /// It waits for a page.
+    Waits(Waiting),
+}
+
+/// An access that waits, as whoever makes accesses numbers them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Waiting(pub usize);
 
 /// A host with what is around it.
 pub trait HostUnderTest {
@@ -40,8 +66,18 @@ pub trait HostUnderTest {
     /// in no reserved region of theirs.
     fn endpoints(&self) -> [EndpointId; 2];
 
-    /// Where an access of an endpoint leads; `None` where it faults.
+    /// Where an access of an endpoint leads that does not wait for a page; `None` where it faults.
     fn access(&mut self, stream: Stream, iova: u64, kind: AccessKind) -> Option<u64>;
+
+    /// An access that waits for a page, where the endpoint's can.
+    fn attempt(&mut self, stream: Stream, iova: u64, kind: AccessKind) -> Attempt {
+        self.access(stream, iova, kind).map_or(Attempt::Fails, Attempt::Reaches)
+    }
+
+    /// What an access was told that waits; `None` as long as it was told nothing.
+    fn answer(&mut self, waiting: Waiting) -> Option<Answer> {
+        panic!("{waiting:?}: nothing waits here");
+    }
 
     /// The fault of the last [`access`](Self::access), if the host has told it.
     fn told(&mut self) -> Option<FaultReport> {
@@ -61,7 +97,7 @@ pub trait HostUnderTest {
     }
 
     /// What this host, or what is around it, cannot do, and why.
-    fn cannot(&self) -> &'static [Denied] {
+    fn cannot(&self) -> &[Denied] {
         &[]
     }
 }
@@ -99,14 +135,18 @@ macro_rules! host_suite {
             what_is_denied_is_refused
             a_table_outside_memory_is_refused
             tables_serve_pasids
-            single_tables_serve_one_pasid
-            single_tables_are_stale_until_invalidated
             stale_until_invalidated
             invalidation_by_range
             invalidation_of_contexts
+            contexts_are_stale_until_invalidated
             invalidation_by_tag
             rebinding_starts_clean
             faults_of_tables_are_told
+            missing_pages_are_asked_for
+            groups_are_answered_in_any_order
+            what_is_taken_away_asks_no_more
+            a_flood_starves_nobody
+            answers_of_others_are_to_nobody
         }
     };
     (@ignored $why:literal $run:ident; $($name:ident)*) => {$(

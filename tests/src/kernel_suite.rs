@@ -76,6 +76,7 @@ macro_rules! kernel_suite {
             tables_have_to_be_made_for_pasids,
             page_requests_are_answered_once,
             page_requests_end_with_their_table,
+            page_requests_end_where_nothing_is_attached,
             there_is_one_of_a_kind,
             a_translating_table_needs_its_vdevice,
             events_are_numbered_and_losses_told,
@@ -493,6 +494,37 @@ pub fn page_requests_end_with_their_table<T: KernelUnderTest>(test: &mut T) {
     kernel.detach(device, pasid(5)).unwrap();
     kernel.detach(device, None).unwrap();
     destroy(test, &[one, two, queue, parent, ioas]);
+    assert_eq!(test.count(), before);
+}
+
+/// A stream that leaves its queue by way of nothing leaves no page request there: read already or not. Kernels differ in
+/// what becomes of them where a table *without* the queue replaces it in one step.
+pub fn page_requests_end_where_nothing_is_attached<T: KernelUnderTest>(test: &mut T) {
+    let device = test.vtd_device();
+    let before = test.count();
+    let kernel = test.kernel();
+    let (ioas, parent) = nest_parent(test, device, HwptFlags::PASID);
+    let queue = kernel.alloc_fault_queue().unwrap();
+    let spec = HwptSpec { fault_queue: Some(queue), ..vtd_nested(device, parent) };
+    let table = kernel.alloc_hwpt(&spec).unwrap();
+    kernel.attach(device, None, table).unwrap();
+    for stream in [pasid(5), None] {
+        let request = |group| PageRequest { pasid: stream, group, permissions: 1, address: 0x1000 };
+        test.kernel().attach(device, stream, table).unwrap();
+        test.request_page(device, request(1));
+        let read = page_faults(test, queue, 1);
+        test.request_page(device, request(2));
+        let kernel = test.kernel();
+        kernel.detach(device, stream).unwrap();
+        assert_eq!(kernel.read_page_faults(queue), Ok(vec![]), "{stream:?}");
+        assert_eq!(kernel.respond(queue, read[0].cookie, ResponseCode::Success), Err(Errno::EINVAL));
+        kernel.attach(device, stream, parent).unwrap();
+        assert_eq!(kernel.read_page_faults(queue), Ok(vec![]), "{stream:?}");
+    }
+    let kernel = test.kernel();
+    kernel.detach(device, pasid(5)).unwrap();
+    kernel.detach(device, None).unwrap();
+    destroy(test, &[table, queue, parent, ioas]);
     assert_eq!(test.count(), before);
 }
 

@@ -8,18 +8,24 @@
 //! An access through a guest's table has more than one right answer as long as the guest did not invalidate: the model
 //! remembers what accesses may have left in caches ([`seen`]), and accepts an answer that such a cache would give, or a
 //! fresh walk, and nothing else.
+//!
+//! Page requests go from an access through the machine and the device to the driver and back: [`asking`] says what the
+//! device may do with them, and is told what it did.
 
 mod access;
+pub mod asking;
 mod attach;
 mod faults;
 pub mod generate;
 mod harness;
 mod invalidate;
 pub mod layout;
+mod op;
 mod request;
 pub mod seen;
 mod subject;
 mod table;
+mod waiting;
 pub mod words;
 pub mod world;
 
@@ -27,13 +33,16 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
+use asking::Asking;
 use faults::Faults;
-use words::{CdTable, Directory, Space};
+use words::{CdTable, Context, Directory};
 
 pub use access::{Answer, Route};
-pub use harness::{Counts, Harness, Op};
+pub use harness::{Counts, Harness};
+pub use op::{Op, Twist};
+pub use request::Guest;
 pub use seen::Seen;
-pub use subject::{Direct, Queued, Subject};
+pub use subject::{Called, Direct, Machine, Made, Native, Queued, Subject, View};
 pub use world::{World, bit};
 
 /// What the device must be like.
@@ -55,6 +64,8 @@ pub struct Model {
     recent: Vec<(u32, Option<u32>, u64)>,
     /// Faults that the driver was not told of.
     faults: Faults,
+    /// Page requests.
+    pub asking: Asking,
 }
 
 /// A domain.
@@ -98,10 +109,10 @@ pub enum Binding {
     None,
     /// Of all PASIDs, SMMUv3.
     CdTable(CdTable),
-    /// Of all PASIDs, VT-d.
-    Directory(Directory),
-    /// Of single PASIDs, VT-d.
-    Pages(BTreeMap<u32, Space>),
+    /// Of all PASIDs, VT-d. Where the device reads it, with what every entry that is bound led to then.
+    Directory(Directory, Option<BTreeMap<u32, Context>>),
+    /// Of single PASIDs; 0 is untagged DMA.
+    Pages(BTreeMap<u32, Context>),
 }
 
 /// Only what a run begins with.
@@ -123,6 +134,7 @@ impl Model {
             endpoints,
             recent: Vec::new(),
             faults: Faults::new(),
+            asking: Asking::new(&world.limits, world.timeout),
             world,
         }
     }
@@ -134,13 +146,27 @@ impl Model {
             return false;
         }
         self.features = chosen;
+        if !self.asks() {
+            self.asking.renounce();
+        }
         true
+    }
+
+    /// Whether the driver is told of page requests.
+    pub fn asks(&self) -> bool {
+        let needed = bit::PAGE_REQUEST | bit::ATTACH_TABLE;
+        self.features & needed == needed
     }
 
     /// Device reset (D-6, D-8), or system reset, which restores `bypass`.
     pub fn reset(&mut self, system: bool) {
         let bypass = if system { self.world.bypass } else { self.bypass };
-        *self = Self { bypass, strict: self.strict, ..Self::new(Arc::clone(&self.world)) };
+        for &id in self.endpoints.keys() {
+            self.asking.close(id, "closed by a reset", |_| true);
+        }
+        self.asking.begin_anew();
+        let asking = self.asking.clone();
+        *self = Self { bypass, strict: self.strict, asking, ..Self::new(Arc::clone(&self.world)) };
     }
 
     /// Strict mode of the host, which empties caches either way.
@@ -181,7 +207,7 @@ impl Model {
     pub fn foresee(&mut self, op: &Op) {
         match op {
             Op::Request { readable, writable, .. } => {
-                self.request(readable, *writable, layout::MEMORY);
+                self.request(readable, *writable, Guest { memory: layout::MEMORY, words: &|_| None });
             }
             Op::WriteConfig { offset, bytes } => {
                 self.write_config(*offset, bytes);
@@ -195,7 +221,15 @@ impl Model {
             }
             Op::Strict(strict) => self.set_strict(*strict),
             &Op::Access { id, pasid, iova, .. } => self.note_access(id, pasid, iova),
-            Op::Write { .. } | Op::TakeEvent { .. } | Op::ReadConfig { .. } => {}
+            Op::Write { .. }
+            | Op::TakeEvent { .. }
+            | Op::ReadConfig { .. }
+            | Op::Time { .. }
+            | Op::Answer { .. }
+            | Op::Serve { .. }
+            | Op::MakeUp { .. }
+            | Op::Forget { .. }
+            | Op::Fail => {}
         }
     }
 
@@ -211,7 +245,8 @@ impl Model {
     }
 
     /// An endpoint leaves its domain, and its tables are gone. A domain without endpoints ceases to exist (D-29).
-    fn leave(&mut self, id: u32) {
+    fn leave(&mut self, id: u32, why: &'static str) {
+        self.asking.close(id, why, |_| true);
         let Some(endpoint) = self.endpoints.get_mut(&id) else { return };
         let left = endpoint.domain;
         *endpoint = Endpoint::default();

@@ -7,7 +7,7 @@ use viommu_guest::tables::{AddressSpace, SpaceOptions};
 use viommu_guest::{DriverOptions, Endpoint};
 use viommu_tests::rig::{Guest, Memory, Scripted, request};
 use viommu_wire::{
-    AccessFlags, EndpointId, Event, Features, InvalidateScope, Iova, PageRequest, PageRequestFlags,
+    AccessFlags, Caches, EndpointId, Event, Features, InvalidateScope, Iova, PageRequest, PageRequestFlags,
     PageResponse, PageResponseCode, Pasid, Property, Request, Status, TableDescriptor, TableFormats, Tail,
     numbers,
 };
@@ -17,6 +17,7 @@ const ENDPOINT: EndpointId = EndpointId(8);
 /// An endpoint that works for one process.
 struct Bound {
     guest: Guest<Scripted>,
+    endpoint: Endpoint,
     sva: Sva,
     processes: Processes<Unpaged>,
     handle: Handle,
@@ -59,7 +60,7 @@ impl Bound {
         let process = processes.add(space, Unpaged);
         let handle = sva.bind(&mut guest.driver, &mut processes, process).unwrap();
         guest.machine.received();
-        Self { guest, sva, processes, handle }
+        Self { guest, endpoint, sva, processes, handle }
     }
 
     fn asks(&self, pasid: Option<Pasid>, group_id: u16, last: bool) -> PageRequest {
@@ -154,23 +155,42 @@ fn x45_a_pasid_is_drained_before_it_is_given_away() {
     for format in [numbers::FORMAT_ARM_SMMU3, numbers::FORMAT_ARM_PT] {
         let mut bound = Bound::new(format);
         let pasid = bound.handle.pasid();
-        // One that waits for its handler to be asked, one that lies in the queue.
+        // One that waits for its handler to be asked, one that is not whole, one of each that lies in the queue.
         bound.tell(bound.asks(Some(pasid), 1, true));
+        bound.tell(bound.asks(Some(pasid), 2, false));
         let Bound { guest, sva, .. } = &mut bound;
         guest.driver.handle_events(|event| assert!(sva.receive(&event))).unwrap();
-        bound.tell(bound.asks(Some(pasid), 2, true));
-        let Bound { mut guest, mut sva, mut processes, handle } = bound;
-        sva.unbind(&mut guest.driver, &mut processes, handle).unwrap();
-        let received = guest.machine.received();
-        let sent: Vec<Request> = received.iter().map(|(bytes, _)| Request::decode(bytes).unwrap()).collect();
+        bound.tell(bound.asks(Some(pasid), 3, true));
+        bound.tell(bound.asks(Some(pasid), 4, false));
+        let space =
+            AddressSpace::new(&mut bound.guest.driver, &bound.endpoint, SpaceOptions::default()).unwrap();
+        let next = bound.processes.add(space, Unpaged);
+        let Bound { guest, sva, processes, handle, .. } = &mut bound;
+        let left = core::mem::replace(handle, sva.bind(&mut guest.driver, processes, next).unwrap());
+        assert_ne!(handle.pasid(), pasid, "still taken");
+        guest.machine.received();
+        sva.unbind(&mut guest.driver, processes, left).unwrap();
+        let sent = bound.sent();
         match sent[0] {
             Request::AttachTable(attach) => assert_eq!(attach.table, TableDescriptor::Unbind { pasid }),
             Request::Invalidate(invalidate) => {
                 assert_eq!(invalidate.scope, InvalidateScope::Pasid(Some(pasid)));
+                assert_eq!(invalidate.caches, Caches::all());
                 assert_eq!(format, numbers::FORMAT_ARM_SMMU3);
             }
             other => panic!("{other:?}"),
         }
-        assert_eq!(sent[1..], [1, 2].map(|group| invalid(Some(pasid), group)));
+        assert_eq!(sent[1..], [], "the device has answered all of them");
+        assert_eq!((bound.serve(), bound.sva.open_groups()), (vec![], 0));
+        // Whoever gets the PASID is asked for what is his.
+        let Bound { guest, sva, processes, handle, .. } = &mut bound;
+        let process = handle.process();
+        let taken = core::mem::replace(handle, sva.bind(&mut guest.driver, processes, process).unwrap());
+        sva.unbind(&mut guest.driver, processes, taken).unwrap();
+        bound.sent();
+        for group in 1..=4 {
+            bound.tell(bound.asks(Some(pasid), group, true));
+            assert_eq!(bound.serve(), [invalid(Some(pasid), group)]);
+        }
     }
 }

@@ -12,6 +12,7 @@ mod host_iommufd {
     mod calls;
     mod failing;
     mod machine;
+    mod page_requests;
     mod skips;
 }
 

@@ -1,123 +1,113 @@
-//! The suite of hosts on each host there is.
-#![allow(clippy::expect_used, clippy::panic, reason = "helpers of tests")]
+//! The suite of hosts on the software host, and the cells that all machines together fill.
 
-use pgtable_formats::{Access, AccessKind, Iova};
-use viommu_device::host::{FaultReport, Host, Stream};
-use viommu_device::soft::SoftHost;
-use viommu_queue::GuestTables;
-use viommu_tests::host_suite::{Ability, Denied, HostUnderTest, skips};
-use viommu_tests::rig::{Alloc, Memory, default_endpoints};
-use viommu_wire::EndpointId;
-
-/// The software host, and two of its endpoints.
-struct Soft {
-    host: SoftHost<GuestTables>,
-    memory: Alloc,
-    endpoints: [EndpointId; 2],
-    cannot: &'static [Denied],
-    told: Option<FaultReport>,
-}
-
-impl Soft {
-    fn new(first: u32, second: u32, strict: bool, cannot: &'static [Denied]) -> Self {
-        let memory = Memory::new(64 << 20);
-        let mut host = SoftHost::new(memory.tables().clone());
-        host.set_strict(strict);
-        for (id, caps) in default_endpoints() {
-            host.add_endpoint(EndpointId(id), caps).expect("an endpoint");
-        }
-        let endpoints = [first, second].map(EndpointId);
-        Self { host, memory: Alloc::new(&memory), endpoints, cannot, told: None }
-    }
-}
-
-impl HostUnderTest for Soft {
-    type Host = SoftHost<GuestTables>;
-    type Memory = Alloc;
-
-    fn host(&mut self) -> &mut Self::Host {
-        &mut self.host
-    }
-
-    fn memory(&mut self) -> &mut Alloc {
-        &mut self.memory
-    }
-
-    fn endpoints(&self) -> [EndpointId; 2] {
-        self.endpoints
-    }
-
-    fn access(&mut self, stream: Stream, iova: u64, kind: AccessKind) -> Option<u64> {
-        let access = Access { kind, privileged: false };
-        let output = self.host.translate(stream, Iova(iova), access, |piece| piece.output.0).ok();
-        // A fault is told, once, and nothing else is.
-        self.told = self.host.next_fault();
-        assert_eq!((self.told.is_some(), self.host.next_fault()), (output.is_none(), None));
-        output
-    }
-
-    fn told(&mut self) -> Option<FaultReport> {
-        self.told.take()
-    }
-
-    fn page(&self, number: u64) -> u64 {
-        Memory::page(number).0
-    }
-
-    fn shows_stale(&self) -> bool {
-        !self.host.is_strict()
-    }
-
-    fn cannot(&self) -> &'static [Denied] {
-        self.cannot
-    }
-}
-
-const ARM: &[Denied] = &[];
-const INTEL: &[Denied] = &[(Ability::Tags, "VT-d has no tag but the PASID")];
-const NO_TABLES: &[Denied] = &[
-    (Ability::PasidTables, "the endpoint takes no tables"),
-    (Ability::PageTables, "the endpoint takes no tables"),
-    (Ability::Tags, "the endpoint takes no tables"),
-];
+use viommu_tests::host_suite::cells::{ENTRIES, Hardware, Kernel, Machine, cells_here, entry, table};
+use viommu_tests::host_suite::iommufd::{Fakes, Layout};
+use viommu_tests::host_suite::mediated::MediatedFakes;
+use viommu_tests::host_suite::soft::{ARM, IMPATIENT, INTEL, NO_TABLES, PLAIN, SMMUV3, Soft, VTD};
+use viommu_tests::host_suite::{Ability, skips, suite};
 
 mod smmuv3 {
-    viommu_tests::host_suite!(super::Soft::new(8, 9, false, super::ARM));
+    use super::{ARM, SMMUV3, Soft};
+    viommu_tests::host_suite!(Soft::native(SMMUV3, false, ARM));
 }
 
 mod vtd {
-    viommu_tests::host_suite!(super::Soft::new(16, 17, false, super::INTEL));
+    use super::{INTEL, Soft, VTD};
+    viommu_tests::host_suite!(Soft::native(VTD, false, INTEL));
 }
 
 mod strict_smmuv3 {
-    viommu_tests::host_suite!(super::Soft::new(8, 9, true, super::ARM));
+    use super::{ARM, SMMUV3, Soft};
+    viommu_tests::host_suite!(Soft::native(SMMUV3, true, ARM));
 }
 
 mod strict_vtd {
-    viommu_tests::host_suite!(super::Soft::new(16, 17, true, super::INTEL));
+    use super::{INTEL, Soft, VTD};
+    viommu_tests::host_suite!(Soft::native(VTD, true, INTEL));
+}
+
+mod impatient {
+    use super::{IMPATIENT, SMMUV3, Soft};
+    viommu_tests::host_suite!(Soft::native(SMMUV3, false, IMPATIENT));
 }
 
 mod without_tables {
-    viommu_tests::host_suite!(super::Soft::new(24, 25, false, super::NO_TABLES));
+    use super::{NO_TABLES, PLAIN, Soft};
+    viommu_tests::host_suite!(Soft::native(PLAIN, false, NO_TABLES));
+}
+
+/// The suite on each machine that is in this process; those of the lab are in `lab_smmuv3` and `lab_mock`.
+#[test]
+fn the_eight_cells_pass_one_suite() {
+    let made_up = Machine::Iommufd(Kernel::MadeUp);
+    let at = Layout::OneUnit;
+    for (hardware, endpoints, cannot) in [(Hardware::Smmuv3, SMMUV3, ARM), (Hardware::Vtd, VTD, INTEL)] {
+        entry(Machine::Soft, hardware, false).prove(|| Soft::native(endpoints, false, cannot));
+        entry(Machine::Soft, hardware, true).prove(|| Soft::mediated(endpoints, false, cannot));
+    }
+    entry(made_up, Hardware::Smmuv3, false).prove(|| Fakes::smmuv3(at, false));
+    entry(made_up, Hardware::Smmuv3, true).prove(|| MediatedFakes::smmuv3(at));
+    entry(made_up, Hardware::Vtd, false).prove(|| Fakes::vtd_asking(at));
+    entry(made_up, Hardware::Vtd, true).prove(|| MediatedFakes::vtd_asking(at));
+    let run = 8;
+    assert_eq!((run, cells_here()), (ENTRIES.iter().filter(|entry| entry.is_here()).count(), 8));
+}
+
+/// What the documentation shows is what is run.
+#[test]
+fn the_table_of_cells_is_the_documented_one() {
+    let page = include_str!("../src/host_suite/cells.rs");
+    let lines = page.lines().filter_map(|line| line.strip_prefix("//! | a "));
+    let documented: Vec<String> = lines.map(|line| format!("| a {line}")).collect();
+    assert_eq!(documented, table());
+}
+
+/// What is left out is left out of a check that there is.
+#[test]
+fn what_is_left_out_has_a_name() {
+    let names: Vec<&str> = suite::<Soft<viommu_device::soft::SoftHost<viommu_queue::GuestTables>>>()
+        .into_iter()
+        .map(|(name, _)| name)
+        .collect();
+    for entry in ENTRIES {
+        for (check, _) in entry.left_out() {
+            assert!(names.contains(&check), "{entry}: {check}");
+        }
+    }
 }
 
 /// Nothing is left out but what has to be.
 #[test]
 fn skips_are_these() {
-    assert_eq!(skips(|| Soft::new(8, 9, false, ARM)), []);
-    assert_eq!(skips(|| Soft::new(16, 17, false, INTEL)), [("invalidation_by_tag", Ability::Tags)]);
-    let all = [
-        ("a_table_outside_memory_is_refused", Ability::PasidTables),
-        ("a_table_outside_memory_is_refused", Ability::PageTables),
-        ("tables_serve_pasids", Ability::PasidTables),
-        ("single_tables_serve_one_pasid", Ability::PageTables),
-        ("single_tables_are_stale_until_invalidated", Ability::PageTables),
-        ("stale_until_invalidated", Ability::PasidTables),
-        ("invalidation_by_range", Ability::PasidTables),
-        ("invalidation_of_contexts", Ability::PasidTables),
-        ("invalidation_by_tag", Ability::Tags),
-        ("rebinding_starts_clean", Ability::PasidTables),
-        ("faults_of_tables_are_told", Ability::PasidTables),
+    let of = |ability| move |check| (check, ability);
+    let asking = [
+        "missing_pages_are_asked_for",
+        "groups_are_answered_in_any_order",
+        "what_is_taken_away_asks_no_more",
+        "a_flood_starves_nobody",
+        "answers_of_others_are_to_nobody",
     ];
-    assert_eq!(skips(|| Soft::new(24, 25, false, NO_TABLES)), all);
+    let impatient: Vec<_> = asking.into_iter().map(of(Ability::PageRequests)).collect();
+    assert_eq!(skips(|| Soft::native(SMMUV3, false, IMPATIENT)), impatient);
+    let tables = [
+        "what_is_denied_is_refused",
+        "a_table_outside_memory_is_refused",
+        "tables_serve_pasids",
+        "stale_until_invalidated",
+        "invalidation_by_range",
+        "invalidation_of_contexts",
+        "rebinding_starts_clean",
+        "faults_of_tables_are_told",
+    ];
+    let mut expected: Vec<_> = tables
+        .into_iter()
+        .flat_map(|check| [(check, Ability::PasidTables), (check, Ability::PageTables)])
+        .collect();
+    expected.push(("contexts_are_stale_until_invalidated", Ability::PasidTables));
+    expected.push(("invalidation_by_tag", Ability::Tags));
+    expected.extend(impatient);
+    let mut seen = skips(|| Soft::native(PLAIN, false, NO_TABLES));
+    seen.sort_unstable();
+    expected.sort_unstable();
+    assert_eq!(seen, expected);
 }

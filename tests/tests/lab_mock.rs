@@ -13,6 +13,8 @@ mod lab_mock {
     mod host;
     mod ioctl;
     mod kernel;
+    mod mediated;
     mod mocks;
+    mod page_requests;
     mod rules;
 }

@@ -17,5 +17,6 @@ mod lab_smmuv3 {
     mod events;
     mod kernel;
     mod reading;
+    mod rig;
     mod writing;
 }

@@ -191,8 +191,8 @@ fn f1_01_vtd_is_not_table_handover() {
     assert_eq!(raw.hwpt(viommu, HwptFlags::PASID, HwptData::Smmuv3([9, 0])), Err(Errno::EOPNOTSUPP));
 }
 
-/// Page requests: where a table has a fault queue they come and are answered; the host's have none, so that the kernel
-/// answers at once and nothing waits for a guest that was offered no page requests.
+/// Page requests: where a table has a fault queue they come and are answered. The host's tables have one exactly where
+/// the guest was offered page requests; of others the kernel answers at once, and nothing waits.
 #[test]
 fn f1_02_page_requests_are_vtd_only() {
     let raw = Raw::new(Unit::vtd(), |device| FakeDevice { pri: true, ..device.with_pasids(20) });
@@ -221,6 +221,23 @@ fn f1_02_page_requests_are_vtd_only() {
         bind(&mut fakes, &mut mapped);
         assert!(!fakes.fake.page_request(fakes.devices[0], None, 1, 0x1000, 1, true));
         assert_eq!(fakes.fake.page_responses(), [(fakes.devices[0], 1, None)]);
+    }
+
+    // A device on PCI asks for pages behind VT-d, and behind an SMMUv3 nobody hears it.
+    let device = |unit| FakeDevice { ats: true, pri: true, ..FakeDevice::on(unit).with_pasids(16) };
+    for (unit, asks) in [(Unit::vtd(), true), (Unit::smmuv3(), false)] {
+        let mut fakes = Fakes::new(unit, Layout::OneUnit, device, CANNOT);
+        assert_eq!(fakes.host().caps(ENDPOINTS[0]).unwrap().page_requests, asks);
+        let caps = tables(&mut fakes);
+        let table = PageTable::new(&caps, 1, &mut fakes.memory);
+        let canonical = match &caps {
+            TableCaps::Vtd(_) => table.canonical().unwrap(),
+            TableCaps::Smmuv3(_) => cd_table(&mut fakes, 1, 10).0.canonical(),
+        };
+        let mut space = create(&mut fakes, &canonical).unwrap();
+        bind(&mut fakes, &mut space);
+        assert_eq!(fakes.fake.page_request(fakes.devices[0], None, 1, 0x1000, 1, true), asks);
+        assert_eq!(fakes.host().next_page_request().is_some(), asks);
     }
 }
 
@@ -470,8 +487,8 @@ fn f1_06a_s1stalld_is_forced() {
         fakes.host().invalidate(&[all]).unwrap();
         let faulting = read(&fakes, 0x9000);
         if stall {
-            // No fault queue: the kernel answers at once.
-            assert_eq!(faulting, Err(event(SmmuEvent::FTranslation)));
+            assert_eq!(faulting, Err(DmaFault::Stalled), "the guest is asked");
+            assert!(fakes.host().next_page_request().is_some());
         } else {
             assert_eq!(faulting, Err(event(SmmuEvent::CBadCd)), "nothing can stall");
         }
@@ -629,21 +646,82 @@ fn f1_11_vtd_nest_parents_write() {
     assert_eq!(fakes.dma(untagged(), 0x1000, AccessKind::Write), Err(DmaFault::Permission));
 }
 
-/// A virtual function with page requests is attached to no table that takes them; the host's take none.
+/// A virtual function with page requests is attached to no table that takes them: the host finds out, and its tables take
+/// none.
 #[test]
 fn f1_13_virtual_functions_have_no_page_requests() {
-    let function = |device: FakeDevice| FakeDevice { virtual_function: true, pri: true, ..device };
+    let function = |device: FakeDevice| FakeDevice { virtual_function: true, pri: true, ats: true, ..device };
     let raw = Raw::new(Unit::vtd(), function);
     let queue = raw.fake.alloc_fault_queue().unwrap();
     let table = raw.hwpt_with_faults(raw.ioas, HwptFlags::empty(), HwptData::None, Some(queue)).unwrap();
     assert_eq!(raw.fake.attach(raw.device, None, table), Err(Errno::EINVAL));
     let mut fakes = Fakes::new(Unit::vtd(), Layout::OneUnit, |unit| function(FakeDevice::on(unit)), CANNOT);
+    assert!(!fakes.host().caps(ENDPOINTS[0]).unwrap().page_requests);
     let caps = tables(&mut fakes);
     let table = PageTable::new(&caps, 0, &mut fakes.memory);
     table.map(&mut fakes.memory, 0x1000, Memory::page(3).0, 0x1000, Attrs::READ_WRITE);
     let mut space = create(&mut fakes, &table.canonical().unwrap()).unwrap();
     bind(&mut fakes, &mut space);
     assert_eq!(read(&fakes, 0x1000), page(3));
+}
+
+/// A kernel that is asked to replace a table by one without its fault queue forgets the page requests there, and reads
+/// them through freed memory later. The host detaches first: all that waited has an answer.
+#[test]
+fn f1_17_replacing_may_leave_page_requests() {
+    let asks = |device: FakeDevice| FakeDevice { pri: true, ats: true, ..device.with_pasids(20) };
+    let raw = Raw::new(Unit::vtd(), asks);
+    let parent = raw.hwpt(raw.ioas, HwptFlags::NEST_PARENT, HwptData::None).unwrap();
+    let queue = raw.fake.alloc_fault_queue().unwrap();
+    let data = HwptData::Vtd { flags: 0, root: 0, address_width: 48 };
+    let table = raw.hwpt_with_faults(parent, HwptFlags::empty(), data, Some(queue)).unwrap();
+    raw.fake.attach(raw.device, None, table).unwrap();
+    assert!(raw.fake.page_request(raw.device, None, 1, 0x5000, 1, true));
+    raw.fake.attach(raw.device, None, parent).unwrap();
+    assert_eq!(raw.fake.page_responses(), [], "nobody has answered");
+    assert_eq!(raw.fake.violations(), [""; 0]);
+    assert_eq!(raw.fake.read_page_faults(queue).unwrap().len(), 1);
+    assert_eq!(raw.fake.violations().len(), 1);
+
+    for pasid in [None, Pasid::new(5)] {
+        let stream = Stream { endpoint: ENDPOINTS[0], pasid };
+        // To nothing, to all of guest memory, to mappings; each with the second attach refused as well.
+        for (spec, fails) in [None, Some(SpaceSpec::Identity), Some(SpaceSpec::Mapped)]
+            .into_iter()
+            .flat_map(|spec| [false, true].map(|fails| (spec, fails)))
+        {
+            let mut fakes =
+                Fakes::new(Unit::vtd(), Layout::OneUnit, |unit| asks(FakeDevice::on(unit)), CANNOT);
+            let caps = tables(&mut fakes);
+            let pages = PageTable::new(&caps, 0, &mut fakes.memory);
+            pages.map(&mut fakes.memory, 0x1000, Memory::page(3).0, 0x1000, Attrs::READ_WRITE);
+            let mut bound = create(&mut fakes, &pages.canonical().unwrap()).unwrap();
+            fakes.host().bind(stream, Some(&mut bound)).unwrap();
+            let mut target = spec.map(|spec| fakes.host().create(spec).unwrap());
+            let device = fakes.devices[0];
+            let ask = |fakes: &Fakes, group| {
+                assert!(fakes.fake.page_request(device, pasid.map(Pasid::value), group, 0x5000, 1, true));
+            };
+            ask(&fakes, 1);
+            assert!(fakes.host().next_page_request().is_some());
+            ask(&fakes, 2);
+            if fails {
+                fakes.kernel.inner().fail_kind(Call::Attach, Errno::ENOMEM);
+            }
+            let result = fakes.host().bind(stream, target.as_mut());
+            let failed = fails && fakes.kernel.inner().failed().is_some();
+            assert_eq!(result.is_err(), failed, "{pasid:?}");
+            fakes.kernel.inner().heal();
+            let mut answers = fakes.fake.page_responses();
+            answers.sort_by_key(|(_, group, _)| *group);
+            assert_eq!(answers, [(device, 1, None), (device, 2, None)], "{pasid:?}");
+            assert_eq!(fakes.host().next_page_request(), None);
+            if failed {
+                fakes.host().bind(stream, target.as_mut()).unwrap();
+            }
+            assert_eq!(fakes.fake.violations(), [""; 0]);
+        }
+    }
 }
 
 /// AMD nests and cannot invalidate: its endpoints have no tables, and all the rest. So have those of any other IOMMU.

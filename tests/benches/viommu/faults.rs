@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use pgtable_formats::format::Attrs;
 use viommu_device::host::{EndpointCaps, Stream};
-use viommu_device::soft::Answer;
 use viommu_guest::hal::{Parts, Platform};
 use viommu_guest::sva::{
     Answer as Served, Area, DemandPaged, FaultHandler, PageGroup, ProcessId, Processes, Sva, SvaOptions,
@@ -99,8 +98,7 @@ impl<H: FaultHandler<Parts<Memory, Alloc>, Transport<Machine>>> World<H> {
         machine.notify(EVENT_QUEUE);
         driver.handle_events(|event| assert!(sva.receive(&event), "{event:?}")).expect("an honest device");
         assert_eq!(sva.serve(driver, processes), Ok(1));
-        assert_eq!(dma.answer(ticket), Some(Answer::Retry));
-        assert_eq!(dma.try_write(machine.memory().map(), at, &[1; 8]), Ok(()));
+        assert_eq!(dma.retry_write(ticket, machine.memory().map(), at, &[1; 8]), Ok(()));
     }
 }
 

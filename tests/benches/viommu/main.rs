@@ -17,11 +17,14 @@
 )]
 
 mod building;
+mod dma;
 mod faults;
 mod measure;
 mod mediated;
 mod memory;
+mod responses;
 mod rings;
+mod sva;
 mod translation;
 mod walks;
 
@@ -30,6 +33,9 @@ use std::time::Duration;
 use criterion::Criterion;
 
 use measure::Suite;
+
+/// Names of benchmarks, and what runs them.
+type Part = (&'static [&'static str], fn(&mut Suite));
 
 fn main() {
     let criterion = Criterion::default()
@@ -40,16 +46,28 @@ fn main() {
         .without_plots()
         .configure_from_args();
     let mut suite = Suite::new(criterion);
-    rings::floor(&mut suite);
-    rings::map_and_unmap(&mut suite);
-    rings::unmap_of_many(&mut suite);
-    rings::attach_and_detach(&mut suite);
-    walks::floor(&mut suite);
-    walks::run(&mut suite);
-    translation::run(&mut suite);
-    faults::run(&mut suite);
-    building::run(&mut suite);
-    mediated::run(&mut suite);
-    memory::run(&mut suite);
+    let all: [Part; 16] = [
+        (&["floor-ring"], rings::floor),
+        (&["map", "unmap"], rings::map_and_unmap),
+        (&["unmap-512"], rings::unmap_of_many),
+        (&["attach", "detach"], rings::attach_and_detach),
+        (&["floor-walk"], walks::floor),
+        (&["walk", "lookup-and-walk"], walks::run),
+        (&["hit", "miss"], translation::run),
+        (&["dma"], dma::run),
+        (&["page-fault"], faults::run),
+        (&["page-response"], responses::answers),
+        (&["set-time"], responses::time),
+        (&["sva-bind"], sva::run),
+        (&["build-map", "build-unmap", "build-pasid-entry"], building::run),
+        (&["pasid-bind"], mediated::bind_and_unbind),
+        (&["pasid-reread"], mediated::read_again),
+        (&["memory"], memory::run),
+    ];
+    for (names, run) in all {
+        if suite.wants(names) {
+            run(&mut suite);
+        }
+    }
     suite.finish();
 }

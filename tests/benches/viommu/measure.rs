@@ -11,6 +11,8 @@ pub(crate) struct Suite {
     lines: Vec<String>,
     /// Whether times are wanted; else everything runs once.
     measures: bool,
+    /// What criterion, too, goes by: a part of `name/keys`, or a regular expression for it.
+    filter: Option<String>,
 }
 
 /// What distinguishes one benchmark from others of the same name.
@@ -23,7 +25,17 @@ impl Suite {
     pub(crate) fn new(criterion: Criterion) -> Self {
         // What criterion, too, goes by.
         let has = |wanted: &str| std::env::args().any(|argument| argument == wanted);
-        Self { criterion, lines: Vec::new(), measures: has("--bench") && !has("--test") }
+        let measures = has("--bench") && !has("--test");
+        Self { criterion, lines: Vec::new(), measures, filter: filter(std::env::args().skip(1)) }
+    }
+
+    /// Whether any of the benchmarks `names` is asked for: what the others need is not set up, which may take longer than
+    /// they do.
+    pub(crate) fn wants(&self, names: &[&str]) -> bool {
+        let Some(filter) = &self.filter else { return true };
+        let wanted = filter.split('/').next().unwrap_or_default();
+        let is_name = wanted.chars().all(|letter| letter.is_ascii_alphanumeric() || letter == '-');
+        !is_name || names.iter().any(|name| name.contains(wanted))
     }
 
     /// How many of something to set up: `full`, or fewer where nothing is measured.
@@ -85,6 +97,19 @@ impl Suite {
             println!("{line}");
         }
     }
+}
+
+/// The filter among the program's arguments.
+fn filter(mut arguments: impl Iterator<Item = String>) -> Option<String> {
+    const ALONE: [&str; 7] = ["--bench", "--test", "--exact", "--list", "--noplot", "--quiet", "--verbose"];
+    while let Some(argument) = arguments.next() {
+        match argument.as_str() {
+            alone if ALONE.contains(&alone) => {}
+            option if option.starts_with('-') => drop(arguments.next()),
+            _ => return Some(argument),
+        }
+    }
+    None
 }
 
 /// Times work, without what reading the clock adds: a batch of one request takes only a few times as long as that.

@@ -40,6 +40,24 @@ fn bind(kind: u8, registers: [u64; 2], words: [u64; 2]) -> Option<Canonical> {
     // Half of the inputs have the registers of well-equipped hardware, so that more of them get past the bind.
     let is_custom = kind & 0x80 != 0;
     match kind & 3 {
+        // Page tables as a processor's registers describe them.
+        1 if kind & 0x40 != 0 => {
+            let [asid, ttbr0, ttbr1, mair] =
+                [registers[0], words[0] & !0xfff, words[1] & !0xfff, registers[1]];
+            let tcr = smmuv3::Tcr::from_bits(registers[1] ^ 0x2_0080_3519);
+            let asked = smmuv3::PageTableRegisters { asid: asid as u16, tcr, ttbr0, ttbr1, mair };
+            let caps = smmuv3::Caps::from_registers(smmuv3::IdRegisters::SOFTWARE);
+            let table = smmuv3::PageTable::new(&asked, &caps).ok()?;
+            assert_eq!(
+                smmuv3::PageTable::new(&table.registers(), &caps),
+                Ok(table),
+                "registers that say the same"
+            );
+            for (first, size) in table.extents().into_iter().flatten() {
+                assert!(first.is_aligned(size.trailing_zeros() as u8), "{first} is aligned to {size:#x}");
+            }
+            Some(Canonical::Smmuv3PageTable(table))
+        }
         0 | 1 => {
             let half = |word: u64| (word as u32, (word >> 32) as u32);
             let ((idr0, idr1), (idr3, idr5)) = (half(registers[0]), half(registers[1]));

@@ -37,6 +37,8 @@ pub enum Ability {
     MappingFaults,
     /// Telling faults of guests' tables.
     TableFaults,
+    /// Accesses that wait for a page.
+    PageRequests,
 }
 
 /// An ability that is not there, and why.
@@ -60,6 +62,7 @@ impl fmt::Display for Ability {
             Self::UnboundFaults => "faults of unbound streams",
             Self::MappingFaults => "faults of mappings",
             Self::TableFaults => "faults of tables",
+            Self::PageRequests => "page requests",
         })
     }
 }

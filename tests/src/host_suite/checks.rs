@@ -8,7 +8,8 @@ use viommu_device::mapping::{MapFlags, Mapping};
 use viommu_wire::{Caches, EndpointId};
 
 use super::abilities::can;
-use super::{Ability, HostUnderTest};
+use super::tables::{Handover, kinds};
+use super::{Ability, Attempt, HostUnderTest};
 
 pub(super) type Space<T> = <<T as HostUnderTest>::Host as Host>::Space;
 
@@ -68,6 +69,7 @@ pub(super) fn expect_at<T: HostUnderTest>(
     if made {
         let seen = test.access(stream, iova, kind);
         assert_eq!(seen, wanted, "{kind:?} at {iova:#x} by {stream:?}: {seen:#x?}, not {wanted:#x?}");
+        assert_eq!(test.host().next_page_request(), None, "an access that does not wait");
     }
     made
 }
@@ -399,7 +401,7 @@ pub fn many_spaces<T: HostUnderTest>(test: &mut T) {
 pub fn what_is_denied_is_refused<T: HostUnderTest>(test: &mut T) {
     let [endpoint, _] = test.endpoints();
     let caps = test.host().caps(endpoint).expect("an endpoint").clone();
-    for &(ability, reason) in test.cannot() {
+    for (ability, reason) in test.cannot().to_vec() {
         assert!(!reason.is_empty());
         match ability {
             Ability::PasidTables => {
@@ -441,9 +443,29 @@ pub fn what_is_denied_is_refused<T: HostUnderTest>(test: &mut T) {
                 unbind(test, endpoint);
                 test.host().destroy(space);
             }
+            Ability::PageRequests => {
+                assert!(!caps.page_requests, "{ability}");
+                if can(test, &[Ability::Dma, Ability::Writes]) {
+                    asks_nobody(test);
+                }
+            }
             _ => {}
         }
     }
+}
+
+/// An access to a page that is not there, by whoever cannot wait for it.
+fn asks_nobody<T: HostUnderTest>(test: &mut T) {
+    for kind in kinds(test) {
+        let bound = Handover::new(test, kind);
+        for index in 0..bound.pages.len() {
+            let attempt = test.attempt(bound.stream(index), 0x9000, AccessKind::Write);
+            assert!(matches!(attempt, Attempt::Fails), "{attempt:?}");
+            assert_eq!(test.host().next_page_request(), None);
+        }
+        bound.end(test);
+    }
+    while test.told().is_some() {}
 }
 
 /// An access that faults, and that nobody hears of.

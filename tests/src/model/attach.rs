@@ -32,7 +32,8 @@ impl Model {
             None if self.domains.len() >= self.world.limits.domains => return NOMEM,
             None => {}
             Some(found) => {
-                let regions = self.world.endpoint(endpoint).map_or(&[][..], |spec| &spec.reserved);
+                let regions =
+                    self.world.endpoint(endpoint).map(|spec| self.world.reserved(spec)).unwrap_or_default();
                 if found.mappings().any(|(first, mapping)| {
                     regions.iter().any(|region| region.first <= mapping.last && first <= region.last)
                 }) {
@@ -51,7 +52,7 @@ impl Model {
             None => NOENT,                                              // D-26
             Some(endpoint) if endpoint.domain != Some(domain) => INVAL, // D-27
             Some(_) => {
-                self.leave(id); // D-28
+                self.leave(id, "closed by DETACH"); // D-28
                 OK
             }
         }
@@ -59,7 +60,11 @@ impl Model {
 
     /// Puts an endpoint into a domain, which is made if there is none, and takes it out of where it was (D-22, D-24).
     pub(super) fn join(&mut self, id: u32, domain: u32, made: Domain) {
-        self.leave(id);
+        let why = match made {
+            Domain::Table => "closed by an ATTACH_TABLE elsewhere",
+            Domain::Mapped(_) | Domain::Bypass => "closed by ATTACH",
+        };
+        self.leave(id, why);
         self.domains.entry(domain).or_insert(made);
         self.endpoints.insert(id, Endpoint { domain: Some(domain), ..Endpoint::default() });
     }

@@ -3,12 +3,13 @@
 //! Numbers come from small sets, so that requests meet each other: domains, endpoints and PASIDs of which half exist,
 //! addresses within a few pages. What was generated is then spoiled now and then.
 
+mod asking;
 mod tables;
 
 use arbitrary::Unstructured;
 
-use super::harness::Op;
 use super::layout::{self, Tables};
+use super::op::Op;
 use super::words::{Access, Kind};
 use super::world::{Focus, Hardware, World, bit};
 use super::{Domain, Model};
@@ -31,6 +32,8 @@ pub struct Hints {
     /// Endpoints, and whether their tables are VT-d ones.
     endpoints: Vec<(u32, Option<bool>)>,
     focus: Focus,
+    /// The device has tables of its own.
+    is_made: bool,
     /// The last few accesses.
     recent: Vec<(u32, Option<u32>, u64)>,
 }
@@ -64,6 +67,7 @@ impl Hints {
             mappings: model.domains.iter().flat_map(mappings).collect(),
             endpoints: endpoints.collect(),
             focus: model.world.focus,
+            is_made: model.world.mediated.is_some(),
             recent: model.recent.clone(),
         }
     }
@@ -95,11 +99,15 @@ pub fn op(bytes: &mut Unstructured<'_>, hints: &Hints) -> Op {
         };
         return Op::Request { readable, writable: 4, cut: 1 };
     }
+    if hints.focus == Focus::Requests && !source.one_in(20) {
+        return asking::focused(source, hints);
+    }
     match source.below(100) {
-        0..56 => request(source, hints),
-        56..76 => access(source, hints),
-        76..90 => write(source, hints),
-        90..94 => Op::TakeEvent { len: source.pick(&[24, 48, 0, 23, 25, 8]) },
+        0..50 => request(source, hints),
+        50..68 => access(source, hints),
+        68..80 => write(source, hints),
+        80..90 => asking::any(source, hints),
+        90..94 => Op::TakeEvent { len: source.pick(&[48, 48, 48, 24, 47, 0, 23, 25, 8]) },
         94 => Op::ReadConfig { offset: source.below(44), len: source.below(44) },
         95 | 96 => write_config(source),
         97 => {
@@ -188,7 +196,8 @@ fn request(source: &mut Source<'_, '_>, hints: &Hints) -> Op {
         15..18 => unmap(source, hints),
         18 => [head(5), le(&[endpoint(source, hints)]), vec![0; 64]].concat(),
         19..26 => attach_table(source, hints),
-        26..31 => invalidate(source, hints),
+        26..30 => invalidate(source, hints),
+        30 => asking::response(source, hints),
         _ => {
             let length = source.below(80);
             (0..length).map(|_| source.below(256) as u8).collect()
@@ -251,6 +260,7 @@ fn map(source: &mut Source<'_, '_>, hints: &Hints) -> Vec<u8> {
     let output = match source.below(12) {
         10 => first.wrapping_neg(),
         11 => source.word(),
+        _ if hints.is_made && source.one_in(10) => layout::WINDOW - hints.granule,
         _ => Memory::BASE + hints.granule * source.below(64) as u64,
     };
     let flags = source.pick(&[3, 3, 3, 3, 3, 3, 1, 1, 2, 2, 0, 7, 8, 1 << 31]);
@@ -293,12 +303,13 @@ fn attach_table_to(source: &mut Source<'_, '_>, hints: &Hints, id: u32, domain: 
     let format = match (is_vtd, is_odd) {
         (_, true) => source.pick(&[0, 1, 2, 3, 4, 0x80, 0x81, 0xff]),
         (Some(true), _) => source.pick(&[2, 2, 2, 0x81, 0x81, 0]),
-        _ => 1,
+        _ => source.pick(&[1, 1, 0x80, 0x80, 0x80, 0]),
     };
-    let place = source.below(16);
+    let place = source.below(24);
+    let zeros = source.pick(&[layout::ZEROS, layout::WINDOW, layout::WINDOW + 0x2_0000]);
     let at = |table: u64| match place {
         12 => table + 64,
-        13 => layout::ZEROS,
+        13 => zeros,
         14 => Memory::BASE + layout::MEMORY_BYTES as u64,
         15 => 1 << 40,
         _ => table,
@@ -332,6 +343,7 @@ fn attach_table_to(source: &mut Source<'_, '_>, hints: &Hints, id: u32, domain: 
             let lg2 = source.pick(&[7, 7, 7, 7, 9, 10, 14, 6, 15]);
             [le64(&[base]), le(&[untagged, lg2])].concat()
         }
+        0x80 => tables::arm(source, at),
         _ => le(&[source.pasid()]),
     };
     let mut bytes = [head(6), le(&[domain, id]), vec![format, 0, 0, 0], body].concat();
@@ -378,10 +390,11 @@ fn invalidate(source: &mut Source<'_, '_>, hints: &Hints) -> Vec<u8> {
 fn access(source: &mut Source<'_, '_>, hints: &Hints) -> Op {
     let kinds = [Kind::Read, Kind::Read, Kind::Read, Kind::Write, Kind::Write, Kind::Write, Kind::Execute];
     let access = Access { kind: source.pick(&kinds), privileged: source.one_in(8) };
+    let waits = source.below(3) != 0;
     if let Some((id, pasid, iova)) = source.recent(hints)
         && source.below(2) == 0
     {
-        return Op::Access { id, pasid, iova: iova ^ source.pick(&[0, 0, 8]), access };
+        return Op::Access { id, pasid, iova: iova ^ source.pick(&[0, 0, 8]), access, waits };
     }
     let id = attached(source, hints).0;
     let is_table = hints.endpoints.iter().any(|endpoint| endpoint.0 == id && endpoint.1.is_some());
@@ -390,7 +403,7 @@ fn access(source: &mut Source<'_, '_>, hints: &Hints) -> Op {
         _ => Some(source.pasid() & 0xf_ffff),
     };
     let iova = match source.below(4) {
-        _ if hints.focus == Focus::Tables => source.table_iova(),
+        _ if matches!(hints.focus, Focus::Tables | Focus::Requests) => source.table_iova(),
         0..3 if is_table => source.table_iova(),
         _ => match hints.mappings.is_empty() || source.one_in(4) {
             true => range(source, hints).0.wrapping_add(source.below(3) as u64).wrapping_sub(1),
@@ -400,7 +413,7 @@ fn access(source: &mut Source<'_, '_>, hints: &Hints) -> Op {
             }
         },
     };
-    Op::Access { id, pasid, iova, access }
+    Op::Access { id, pasid, iova, access, waits }
 }
 
 fn write_config(source: &mut Source<'_, '_>) -> Op {

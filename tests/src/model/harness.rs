@@ -1,109 +1,23 @@
 //! A subject and the model, side by side.
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::sync::Arc;
 
 use pgtable_formats::TableMem;
-use viommu_device::host::FaultCause;
-use viommu_device::soft::Piece;
+use viommu_device::soft::{AccessError, Piece, Ticket};
 use viommu_guest::hal::GuestMem;
-use viommu_wire::Gpa;
+use viommu_wire::{Gpa, Iova};
 
-use super::access::{Answer, Route};
+use super::access::{Answer, Route, is_configuration};
+use super::asking::Scene;
 use super::generate;
 use super::layout::MEMORY;
-use super::subject::Subject;
+use super::op::{Op, hex};
+use super::request::Guest;
+use super::subject::{Subject, access_of, stream_of};
 use super::words::{Access, Kind};
 use super::world::{World, bit};
 use super::{Domain, Model};
-
-/// One thing that a guest, its devices, or its VMM does.
-#[derive(Clone)]
-pub enum Op {
-    /// Sends a request of any bytes.
-    Request {
-        /// The device-readable part.
-        readable: Vec<u8>,
-        /// Bytes of the device-writable part.
-        writable: usize,
-        /// Parts that each is cut into, where there is a ring.
-        cut: usize,
-    },
-    /// An endpoint accesses memory.
-    Access {
-        /// The endpoint.
-        id: u32,
-        /// Its PASID.
-        pasid: Option<u32>,
-        /// The address.
-        iova: u64,
-        /// What it does.
-        access: Access,
-    },
-    /// The guest writes its memory.
-    Write {
-        /// Where.
-        at: u64,
-        /// What.
-        words: Vec<u64>,
-    },
-    /// The driver offers an event buffer.
-    TakeEvent {
-        /// Of this many bytes.
-        len: usize,
-    },
-    /// The driver reads the configuration space.
-    ReadConfig {
-        /// From this byte on.
-        offset: usize,
-        /// So many.
-        len: usize,
-    },
-    /// The driver writes it.
-    WriteConfig {
-        /// From this byte on.
-        offset: usize,
-        /// This.
-        bytes: Vec<u8>,
-    },
-    /// The driver accepts features in the middle of things.
-    Accept {
-        /// These, offered or not.
-        features: u64,
-    },
-    /// A reset, and then the driver accepts features.
-    Reset {
-        /// A system reset.
-        system: bool,
-        /// Of those on offer.
-        accept: u64,
-    },
-    /// The VMM switches strict mode.
-    Strict(bool),
-}
-
-/// On one line, so that a failure can be read.
-impl fmt::Debug for Op {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Request { readable, writable, cut } => {
-                write!(f, "request {} {writable} cut {cut}", hex(readable))
-            }
-            Self::Access { id, pasid, iova, access: Access { kind, privileged } } => {
-                let mode = if *privileged { " privileged" } else { "" };
-                write!(f, "access {id} {pasid:?} {iova:#x} {kind:?}{mode}")
-            }
-            Self::Write { at, words } => write!(f, "write {at:#x} {words:x?}"),
-            Self::TakeEvent { len } => write!(f, "event {len}"),
-            Self::ReadConfig { offset, len } => write!(f, "config {offset} {len}"),
-            Self::WriteConfig { offset, bytes } => write!(f, "config-write {offset} {}", hex(bytes)),
-            Self::Accept { features } => write!(f, "accept {features:#x}"),
-            Self::Reset { system, accept } => write!(f, "reset system={system} accept {accept:#x}"),
-            Self::Strict(strict) => write!(f, "strict {strict}"),
-        }
-    }
-}
 
 /// What was done.
 #[derive(Clone, Debug, Default)]
@@ -126,6 +40,12 @@ pub struct Counts {
     pub resets: u64,
     /// Answers that the model has no opinion about.
     pub any: u64,
+    /// Events that were page requests.
+    pub page_requests: u64,
+    /// Requests that bind, by format and status.
+    pub formats: BTreeMap<(u8, Option<u8>), u64>,
+    /// What became of page requests.
+    pub asking: BTreeMap<&'static str, u64>,
 }
 
 impl Counts {
@@ -138,6 +58,13 @@ impl Counts {
         self.events += other.events;
         self.resets += other.resets;
         self.any += other.any;
+        self.page_requests += other.page_requests;
+        for (&key, count) in &other.formats {
+            *self.formats.entry(key).or_default() += count;
+        }
+        for (&key, count) in &other.asking {
+            *self.asking.entry(key).or_default() += count;
+        }
         for (&key, count) in &other.statuses {
             *self.statuses.entry(key).or_default() += count;
         }
@@ -149,9 +76,11 @@ impl Counts {
 
 /// Runs both and panics where they differ.
 pub struct Harness<S> {
-    subject: S,
+    pub(super) subject: S,
     /// The model.
     pub model: Model,
+    /// Accesses that wait, by the number that the model has given them.
+    pub(super) tickets: BTreeMap<u64, Ticket>,
     /// What the guest wrote to its memory.
     written: BTreeMap<u64, u64>,
     /// What was done.
@@ -164,6 +93,7 @@ impl<S: Subject> Harness<S> {
         Self {
             subject: S::power_on(world),
             model: Model::new(Arc::clone(world)),
+            tickets: BTreeMap::new(),
             written: BTreeMap::new(),
             counts: Counts::default(),
         }
@@ -173,42 +103,56 @@ impl<S: Subject> Harness<S> {
     pub fn step(&mut self, op: &Op) {
         match op {
             Op::Request { readable, writable, cut } => self.request(readable, *writable, *cut),
-            &Op::Access { id, pasid, iova, access } => self.access(id, pasid, iova, access),
+            &Op::Access { id, pasid, iova, access, waits } => self.access(id, pasid, iova, access, waits),
             Op::Write { at, words } => self.write(*at, words),
             &Op::TakeEvent { len } => {
                 self.take_event(len);
             }
             &Op::ReadConfig { offset, len } => self.read_config(offset, len),
             Op::WriteConfig { offset, bytes } => {
-                let done = self.subject.with_device(|device| device.write_config(*offset, bytes).is_ok());
+                let done = self.subject.with_device(|device| device.write(*offset, bytes));
                 assert_eq!(done, self.model.write_config(*offset, bytes), "write to the configuration space");
             }
             &Op::Accept { features } => {
                 self.drain_events(); // Their form depends on the features.
                 let accepted = self.subject.accept(features);
                 assert_eq!(accepted, self.model.accept(features), "features {features:#x}");
+                self.settle(Scene::default());
             }
             &Op::Reset { system, accept } => {
                 self.counts.resets += 1;
                 self.subject.reset(system, accept);
                 self.model.reset(system);
+                self.settle(Scene { is_reset: true, ..Scene::default() });
                 assert!(self.model.accept(accept & self.model.world.offered));
             }
             &Op::Strict(strict) => {
-                self.subject.with_device(|device| device.host_mut().set_strict(strict));
+                self.subject.with_device(|device| device.set_strict(strict));
                 self.model.set_strict(strict);
             }
+            &Op::Time { by } => self.set_time(by),
+            &Op::Answer { which, twist, code } => self.answer(which, twist, code),
+            &Op::Serve { which } => self.serve(which),
+            &Op::MakeUp { .. } => self.make_up(op),
+            &Op::Forget { which } => self.forget(which),
+            Op::Fail => {
+                self.subject.with_device(|device| device.fail());
+                self.model.asking.fails = true;
+            }
         }
+        self.settle(Scene::default());
         self.check();
     }
 
     /// Looks at everything that can be seen, with what caches hold and without. For the end of a run.
     pub fn finish(&mut self) {
         self.sweep();
-        self.subject.with_device(|device| device.host_mut().flush());
+        self.subject.with_device(|device| device.flush());
         self.model.set_strict(self.model.strict);
         self.sweep();
         self.drain_events();
+        self.settle(Scene::default());
+        self.counts.asking = self.model.asking.tally.clone();
         // Walks set accessed and dirty flags of VT-d tables (bits 5, 6, 10), and nothing else is ever written.
         let memory = self.subject.memory();
         for (&at, &word) in &self.written {
@@ -218,32 +162,67 @@ impl<S: Subject> Harness<S> {
         }
     }
 
-    fn request(&mut self, readable: &[u8], writable: usize, cut: usize) {
+    pub(super) fn request(&mut self, readable: &[u8], writable: usize, cut: usize) {
+        self.model.loosen_faults();
         let given = self.subject.request(readable, writable, cut);
-        let wanted = self.model.request(readable, writable, MEMORY);
+        let memory = self.subject.memory();
+        let words = |at| memory.load(Gpa(at)).ok();
+        let wanted = self.model.request(readable, writable, Guest { memory: MEMORY, words: &words });
+        let mut reply = wanted.reply;
+        if let (Some(or), Some(at)) = (wanted.or, reply.used.checked_sub(4))
+            && given.bytes.get(at) == Some(&or)
+        {
+            reply.bytes[at] = or;
+        }
         let kind = readable.first().copied().filter(|kind| readable.len() >= 4 && *kind <= 9).unwrap_or(0);
-        let status = wanted.used.checked_sub(4).map(|at| wanted.bytes[at]);
+        let status = reply.used.checked_sub(4).map(|at| reply.bytes[at]);
         self.counts.requests += 1;
         *self.counts.statuses.entry((kind, status)).or_default() += 1;
-        assert_eq!(given.used, wanted.used, "used length of {}", hex(readable));
+        if kind == 6
+            && let Some(&format) = readable.get(12)
+            && matches!(format, 0..=2 | 0x80 | 0x81)
+        {
+            *self.counts.formats.entry((format, status)).or_default() += 1;
+        }
+        assert_eq!(given.used, reply.used, "used length of {}", hex(readable));
         assert!(
-            given.bytes == wanted.bytes,
+            given.bytes == reply.bytes,
             "answer to {}:\n given {}\nwanted {}",
             hex(readable),
             hex(&given.bytes),
-            hex(&wanted.bytes)
+            hex(&reply.bytes)
         );
+        self.settle(Scene::default());
     }
 
-    fn access(&mut self, id: u32, pasid: Option<u32>, iova: u64, access: Access) {
+    pub(super) fn access(&mut self, id: u32, pasid: Option<u32>, iova: u64, access: Access, waits: bool) {
         self.model.note_access(id, pasid, iova);
         let routes = self.routes(id, pasid, iova, access);
-        let given = self.subject.access(id, pasid, iova, access);
-        self.judge(id, pasid, iova, access, &routes, given);
-        if let Err(cause) = given {
-            let name = cause.to_string();
-            self.model.record_fault(id, pasid, iova, access, &name);
-            *self.counts.faults.entry(name).or_default() += 1;
+        let (stream, at, real) = (stream_of(id, pasid), Iova(iova), access_of(access));
+        let given = self.subject.with_device(|device| match waits {
+            true => device.wait(stream, at, real),
+            false => device.translate(stream, at, real).map_err(AccessError::Fault),
+        });
+        let right = self.judge(id, pasid, iova, access, &routes, given, waits);
+        let memory = self.subject.memory();
+        let words = |at| memory.load(Gpa(at)).ok();
+        let is_quiet = given.is_err() && self.model.is_quiet(id, pasid, &routes, &right, &words);
+        match given {
+            Ok(_) => {}
+            Err(AccessError::Fault(cause)) => {
+                let name = cause.to_string();
+                let names = routes.iter().filter_map(|route| match route.answer {
+                    Answer::Fault(wanted) if self.is_same(wanted, &name) => Some(wanted),
+                    _ => None,
+                });
+                let mut names: Vec<&str> = names.collect();
+                if names.is_empty() {
+                    names.push(&name);
+                }
+                self.model.record_fault(id, pasid, iova, access, &names, is_quiet);
+                *self.counts.faults.entry(name).or_default() += 1;
+            }
+            Err(AccessError::Waits(ticket)) => self.begin_to_wait(id, pasid, iova, access, ticket, is_quiet),
         }
     }
 
@@ -253,6 +232,14 @@ impl<S: Subject> Harness<S> {
         self.model.answers(id, pasid, iova, access, &|at| memory.load(Gpa(at)).ok())
     }
 
+    /// Whether a fault of the machine is the one that the driver is to be told. Where the device makes one kind of table
+    /// of the other, the machine has another reason for what does not get to a page table.
+    fn is_same(&self, wanted: &str, given: &str) -> bool {
+        let is_made = self.model.world.mediated.is_some();
+        wanted == given || is_made && is_configuration(wanted) && is_configuration(given)
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "an access has that many parts")]
     fn judge(
         &mut self,
         id: u32,
@@ -260,14 +247,22 @@ impl<S: Subject> Harness<S> {
         iova: u64,
         access: Access,
         routes: &[Route],
-        given: Result<Piece, FaultCause>,
-    ) {
+        given: Result<Piece, AccessError>,
+        waits: bool,
+    ) -> Vec<bool> {
+        let may_wait = waits && self.model.world.endpoint(id).is_some_and(|spec| spec.waits);
         let is_right = |route: &Route| match (route.answer, &given) {
             (Answer::Any, _) => true,
             (Answer::To { output, at_most }, Ok(piece)) => {
                 piece.output.0 == output && (1..=at_most).contains(&piece.length)
             }
-            (Answer::Fault(name), Err(cause)) => cause.to_string() == name,
+            (Answer::Fault(_), Err(AccessError::Waits(_))) => {
+                may_wait && route.is_recoverable(iova) != Some(false)
+            }
+            (Answer::Fault(name), Err(AccessError::Fault(cause))) => {
+                self.is_same(name, &cause.to_string())
+                    && !(may_wait && route.is_recoverable(iova) == Some(true))
+            }
             _ => false,
         };
         assert!(
@@ -275,16 +270,19 @@ impl<S: Subject> Harness<S> {
             "endpoint {id} PASID {pasid:?} {iova:#x} {access:?}: given {given:x?}, right would be {:x?}",
             routes.iter().map(|route| route.answer).collect::<Vec<_>>()
         );
+        let right: Vec<bool> = routes.iter().map(is_right).collect();
         self.counts.accesses += 1;
         let domain = self.model.endpoints.get(&id).and_then(|endpoint| endpoint.domain);
         let is_table = domain.is_some_and(|domain| matches!(self.model.domains[&domain], Domain::Table));
         self.counts.through_tables += u64::from(is_table && given.is_ok());
-        self.counts.stale += u64::from(!routes.first().is_some_and(is_right));
+        self.counts.stale += u64::from(!right.first().copied().unwrap_or(false));
         self.counts.any += u64::from(routes.iter().any(|route| route.answer == Answer::Any));
-        self.model.learn(id, pasid, iova, routes, is_right);
+        self.model.learn(id, pasid, iova, routes, &right);
+        right
     }
 
-    fn write(&mut self, at: u64, words: &[u64]) {
+    pub(super) fn write(&mut self, at: u64, words: &[u64]) {
+        self.model.loosen_faults();
         for (at, &word) in (at..).step_by(8).zip(words) {
             self.subject.memory().write(Gpa(at), &word.to_le_bytes()).expect("memory");
             self.written.insert(at, word);
@@ -292,25 +290,41 @@ impl<S: Subject> Harness<S> {
     }
 
     /// Whether there was one.
-    fn take_event(&mut self, len: usize) -> bool {
-        match self.subject.take_event(len) {
+    pub(super) fn take_event(&mut self, len: usize) -> bool {
+        let given = self.subject.take_event(len);
+        let small = self.model.asking.refused[2];
+        self.settle(Scene { buffer: Some(len), ..Scene::default() });
+        let is_closed = self.model.asking.refused[2] != small;
+        match given {
             None => {
+                assert!(!is_closed && !self.model.asking.has_untold(), "a page request is missing");
                 assert!(self.model.be_silent(), "an event is missing");
                 return false;
             }
             Some(record) if record.is_empty() => {
-                assert!(len < 24 && self.model.may_have_event(), "a buffer of {len} bytes came back empty");
+                let is_right = is_closed || len < 24 && self.model.may_have_event();
+                assert!(is_right, "a buffer of {len} bytes came back empty");
             }
             Some(record) => {
-                assert!(
-                    len >= 24 && self.model.take_event(&record),
-                    "an event out of nowhere: {}",
-                    hex(&record)
-                );
+                assert!(!is_closed, "a page request was closed, and an event given");
+                self.told(len, &record);
                 self.counts.events += 1;
             }
         }
         true
+    }
+
+    fn told(&mut self, len: usize, record: &[u8]) {
+        if let Ok(record) = <&[u8; 48]>::try_from(record) {
+            assert!(len >= 48);
+            let fault_left = self.model.must_have_fault();
+            let told = self.model.asking.tell(record, fault_left);
+            self.counts.page_requests += 1;
+            return told.unwrap_or_else(|why| panic!("{why}"));
+        }
+        let is_right = len >= 24 && self.model.take_event(record);
+        assert!(is_right, "an event out of nowhere: {}", hex(record));
+        self.model.asking.told_fault().unwrap_or_else(|why| panic!("{why}"));
     }
 
     fn drain_events(&mut self) {
@@ -324,7 +338,7 @@ impl<S: Subject> Harness<S> {
 
     fn read_config(&mut self, offset: usize, len: usize) {
         let mut given = vec![0xee; len];
-        self.subject.with_device(|device| device.read_config(offset, &mut given));
+        self.subject.with_device(|device| device.read(offset, &mut given));
         let space = self.model.config();
         let wanted: Vec<u8> = (offset..offset + len).map(|at| space.get(at).copied().unwrap_or(0)).collect();
         assert_eq!(given, wanted, "configuration space at {offset}");
@@ -333,14 +347,12 @@ impl<S: Subject> Harness<S> {
     /// What can be seen at no cost.
     fn check(&mut self) {
         let model = &self.model;
-        let seen = self.subject.with_device(|device| {
-            let mut config = [0; 40];
-            device.read_config(0, &mut config);
-            let features = device.features().bits();
-            (config, features, device.domain_count(), device.mapping_count(), device.needs_reset())
-        });
-        let wanted = (model.config(), model.features, model.domains.len(), model.mappings(), false);
+        let view = self.subject.with_device(|device| device.view());
+        let seen = (view.config, view.features, view.domains, view.mappings, view.needs_reset);
+        let needs_reset = model.asking.needs_reset;
+        let wanted = (model.config(), model.features, model.domains.len(), model.mappings(), needs_reset);
         assert_eq!(seen, wanted, "configuration, features, domains, mappings, needs reset");
+        self.check_asking(&view);
     }
 
     /// Reads and writes where it matters, without recording faults.
@@ -364,8 +376,10 @@ impl<S: Subject> Harness<S> {
                     for kind in [Kind::Read, Kind::Write] {
                         let access = Access { kind, privileged: false };
                         let routes = self.routes(spec.id, pasid, iova, access);
-                        let given = self.subject.peek(spec.id, pasid, iova, access);
-                        self.judge(spec.id, pasid, iova, access, &routes, given);
+                        let (stream, at, real) = (stream_of(spec.id, pasid), Iova(iova), access_of(access));
+                        let given = self.subject.with_device(|device| device.peek(stream, at, real));
+                        let given = given.map_err(AccessError::Fault);
+                        self.judge(spec.id, pasid, iova, access, &routes, given, false);
                     }
                 }
             }
@@ -380,9 +394,4 @@ impl<S: Subject> Harness<S> {
             self.write(at, &words);
         }
     }
-}
-
-/// Bytes in the order of memory.
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -27,6 +27,11 @@ pub const SPACE_COUNT: u64 = 3;
 /// Bytes from one to the next.
 pub const SPACE_STEP: u64 = 0x1_0000;
 
+/// Where the device keeps its own tables, where it has some: not the guest's.
+pub const WINDOW: u64 = Memory::BASE + 0x60_0000;
+/// Bytes of it.
+pub const WINDOW_BYTES: u64 = 0x10_0000;
+
 /// Zeros.
 pub const ZEROS: u64 = Memory::BASE + 0x70_0000;
 
@@ -69,6 +74,11 @@ impl Tables {
     /// A table of pages.
     pub const fn pages(self, region: u64, variant: u64) -> u64 {
         self.root + (self.upper() + region % 2 * 2 + variant % 2) * 4096
+    }
+
+    /// The address space whose first table this is.
+    pub fn of(is_vtd: bool, root: u64) -> Option<Self> {
+        (0..SPACE_COUNT).map(|n| Self::new(is_vtd, n)).find(|tables| tables.root == root)
     }
 
     /// An entry that leads to a table.

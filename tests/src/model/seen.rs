@@ -26,8 +26,10 @@ pub struct Drop {
     pub tables: bool,
     /// Only what touches this.
     pub range: Option<(u64, u64)>,
-    /// By ASID instead of by entry.
+    /// Only what has this ASID.
     pub asid: Option<u16>,
+    /// Of every entry that has it.
+    pub is_by_tag: bool,
     /// Global translations of every entry, too.
     pub global: bool,
 }
@@ -55,7 +57,7 @@ impl Seen {
             self.leaves.retain(|(entry, ..)| !is_named(*entry));
         }
         let is_one = |entry: u32, asid: Option<u16>| match drop.asid {
-            Some(tag) => asid == Some(tag),
+            Some(tag) => asid == Some(tag) && (drop.is_by_tag || is_named(entry)),
             None => is_named(entry),
         };
         let touches =

@@ -1,31 +1,40 @@
-//! What is compared with the model: the device called directly, or behind its queues.
+//! What is compared with the model: the device called directly, or behind its queues, over either machine.
+
+mod direct;
+mod machine;
+mod queued;
 
 use std::sync::Arc;
 
 use pgtable_formats::{Access, AccessKind};
-use viommu_device::Device;
-use viommu_device::host::{FaultCause, Stream};
-use viommu_device::soft::{Piece, SoftHost};
-use viommu_queue::GuestTables;
+use viommu_device::host::{FaultCause, Host, Stream};
+use viommu_device::soft::{AccessError, Answer, Piece, Ticket};
+use viommu_device::{Device, PageRequestCounts};
 use viommu_wire::{EndpointId, Features, Iova, Pasid};
 
-use super::layout::MEMORY_BYTES;
+use super::asking::{Ask, Key, Seen};
 use super::words::{self, Kind};
 use super::world::World;
-use crate::rig::{Bare, Machine, Memory, Reply, Rig, Sends, Setup};
+use crate::rig::{Memory, Reply};
 
-type SoftDevice = Device<SoftHost<GuestTables>>;
+pub use direct::Direct;
+use machine::Observed;
+pub use machine::{Machine, Made, Native};
+pub use queued::Queued;
 
-/// A device under test.
+/// A device under test, with its driver.
 pub trait Subject {
     /// As after power-on, nothing negotiated.
     fn power_on(world: &Arc<World>) -> Self;
+
+    /// The worlds that it is for.
+    fn worlds() -> Vec<World>;
 
     /// Sends a request. `cut` says into how many parts each side of the chain is cut, where there is a chain.
     fn request(&mut self, readable: &[u8], writable: usize, cut: usize) -> Reply;
 
     /// Calls the device itself.
-    fn with_device<R>(&mut self, call: impl FnOnce(&mut SoftDevice) -> R) -> R;
+    fn with_device<R>(&mut self, call: impl FnOnce(&mut dyn Called) -> R) -> R;
 
     /// Guest memory.
     fn memory(&self) -> &Memory;
@@ -38,167 +47,159 @@ pub trait Subject {
 
     /// Offers an event buffer: what came back, or `None` if nothing did.
     fn take_event(&mut self, len: usize) -> Option<Vec<u8>>;
-
-    /// Makes an access, which is recorded where it faults.
-    fn access(
-        &mut self,
-        id: u32,
-        pasid: Option<u32>,
-        iova: u64,
-        access: words::Access,
-    ) -> Result<Piece, FaultCause> {
-        let (stream, access) = (stream(id, pasid), real(access));
-        self.with_device(|device| device.host_mut().translate(stream, Iova(iova), access, |piece| piece))
-    }
-
-    /// The same, not recorded.
-    fn peek(
-        &mut self,
-        id: u32,
-        pasid: Option<u32>,
-        iova: u64,
-        access: words::Access,
-    ) -> Result<Piece, FaultCause> {
-        let (stream, access) = (stream(id, pasid), real(access));
-        self.with_device(|device| device.host_mut().peek(stream, Iova(iova), access))
-    }
 }
 
-/// The device called directly.
-pub struct Direct {
-    bare: Bare,
-    memory: Memory,
+/// What can be seen of a device at no cost.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct View {
+    /// The configuration space.
+    pub config: [u8; 40],
+    /// Negotiated.
+    pub features: u64,
+    /// How many there are.
+    pub domains: usize,
+    /// How many there are.
+    pub mappings: usize,
+    /// It asks for a reset.
+    pub needs_reset: bool,
+    /// Page requests in numbers.
+    pub counts: PageRequestCounts,
+    /// When it wants to be told the time.
+    pub due: Option<u64>,
+    /// Groups that the machine made up and has open.
+    pub open: Vec<Key>,
 }
 
-impl Subject for Direct {
-    fn power_on(world: &Arc<World>) -> Self {
-        let (bare, memory) = Bare::new(&setup(world, 0));
-        Self { bare, memory }
-    }
+/// A device and its machine, whatever it is made of.
+pub trait Called {
+    /// Everything at no cost.
+    fn view(&self) -> View;
+    /// Of the configuration space.
+    fn read(&self, offset: usize, bytes: &mut [u8]);
+    /// To it. `false`: refused.
+    fn write(&mut self, offset: usize, bytes: &[u8]) -> bool;
+    /// Tells it the time.
+    fn set_time(&mut self, now: u64);
+    /// Whether it has an event.
+    fn has_event(&mut self) -> bool;
+    /// The machine reads everything anew for each access.
+    fn set_strict(&mut self, strict: bool);
+    /// Empties the caches of the machine.
+    fn flush(&mut self);
+    /// An access of an endpoint, which may wait.
+    fn wait(&mut self, stream: Stream, iova: Iova, access: Access) -> Result<Piece, AccessError>;
+    /// One that cannot.
+    fn translate(&mut self, stream: Stream, iova: Iova, access: Access) -> Result<Piece, FaultCause>;
+    /// One that is not told of.
+    fn peek(&mut self, stream: Stream, iova: Iova, access: Access) -> Result<Piece, FaultCause>;
+    /// What became of an access.
+    fn answer(&mut self, ticket: Ticket) -> Option<Answer>;
+    /// What the device did with the machine since this was asked.
+    fn seen(&mut self) -> Vec<Seen>;
+    /// The machine makes up a page request.
+    fn make_up(&mut self, ask: Ask);
+    /// The machine answers a group by itself that it made up.
+    fn forget(&mut self, key: Key);
+    /// The machine fails to take its next answer.
+    fn fail(&mut self);
+}
 
-    fn request(&mut self, readable: &[u8], writable: usize, _: usize) -> Reply {
-        self.bare.raw(readable, writable)
-    }
-
-    fn with_device<R>(&mut self, call: impl FnOnce(&mut SoftDevice) -> R) -> R {
-        call(&mut self.bare.device)
-    }
-
-    fn memory(&self) -> &Memory {
-        &self.memory
-    }
-
-    fn reset(&mut self, system: bool, accept: u64) {
-        let device = &mut self.bare.device;
-        if system {
-            device.system_reset();
-        } else {
-            device.reset();
+impl<H: Machine> Called for Device<Observed<H>>
+where
+    Self: Sized,
+{
+    fn view(&self) -> View {
+        let mut config = [0; 40];
+        self.read_config(0, &mut config);
+        View {
+            config,
+            features: self.features().bits(),
+            domains: self.domain_count(),
+            mappings: self.mapping_count(),
+            needs_reset: self.needs_reset(),
+            counts: self.page_request_counts(),
+            due: self.page_requests_due(),
+            open: self.host().open(),
         }
-        let accepted = Features::from_bits_retain(accept) & device.offered_features();
-        device.accept_features(accepted).expect("what is offered");
     }
 
-    fn accept(&mut self, features: u64) -> bool {
-        self.bare.device.accept_features(Features::from_bits_retain(features)).is_ok()
+    fn read(&self, offset: usize, bytes: &mut [u8]) {
+        self.read_config(offset, bytes);
     }
 
-    fn take_event(&mut self, len: usize) -> Option<Vec<u8>> {
-        let mut buffer = vec![0; len];
-        let used = self.bare.device.fill_event(&mut buffer)?;
-        buffer.truncate(used);
-        Some(buffer)
-    }
-}
-
-/// The device behind its queues.
-pub struct Queued {
-    /// `None` while it is reset.
-    rig: Option<Rig>,
-    memory: Memory,
-}
-
-/// Features of the transport that stay negotiated.
-const TRANSPORT: Features =
-    Features::VERSION_1.union(Features::RING_EVENT_IDX).union(Features::RING_INDIRECT_DESC);
-
-impl Queued {
-    fn rig(&mut self) -> &mut Rig {
-        self.rig.as_mut().expect("a rig")
-    }
-}
-
-impl Subject for Queued {
-    fn power_on(world: &Arc<World>) -> Self {
-        let rig = Rig::new(setup(world, TRANSPORT.bits()));
-        let memory = rig.machine.memory().clone();
-        Self { rig: Some(rig), memory }
+    fn write(&mut self, offset: usize, bytes: &[u8]) -> bool {
+        self.write_config(offset, bytes).is_ok()
     }
 
-    fn request(&mut self, readable: &[u8], writable: usize, cut: usize) -> Reply {
-        if readable.is_empty() && writable == 0 {
-            return Reply { used: 0, bytes: vec![] }; // A chain has at least one byte.
-        }
-        let size = |len: usize| len.div_ceil(cut.clamp(1, 8)).max(1);
-        let parts: Vec<&[u8]> = readable.chunks(size(readable.len())).collect();
-        let step = size(writable);
-        let room: Vec<usize> = (0..writable).step_by(step).map(|at| step.min(writable - at)).collect();
-        self.rig().raw_parts(&parts, &room)
+    fn set_time(&mut self, now: u64) {
+        Self::set_time(self, now);
     }
 
-    fn with_device<R>(&mut self, call: impl FnOnce(&mut SoftDevice) -> R) -> R {
-        call(self.rig().machine.lock().device_mut())
+    fn has_event(&mut self) -> bool {
+        self.event_pending()
     }
 
-    fn memory(&self) -> &Memory {
-        &self.memory
+    fn set_strict(&mut self, strict: bool) {
+        self.host_mut().inner.soft().set_strict(strict);
     }
 
-    fn reset(&mut self, system: bool, accept: u64) {
-        let machine: Machine = self.rig().machine.clone();
-        if system {
-            machine.lock().system_reset();
-        } else {
-            machine.lock().reset();
-        }
-        self.rig = Some(Rig::start(machine, Some(Features::from_bits_retain(accept) | TRANSPORT)));
+    fn flush(&mut self) {
+        self.host_mut().inner.soft().flush();
     }
 
-    fn accept(&mut self, features: u64) -> bool {
-        let features = Features::from_bits_retain(features) | TRANSPORT;
-        self.rig().machine.lock().accept_features(features).is_ok()
+    fn wait(&mut self, stream: Stream, iova: Iova, access: Access) -> Result<Piece, AccessError> {
+        self.host_mut().inner.soft().access(stream, iova, access, |piece| piece)
     }
 
-    fn take_event(&mut self, len: usize) -> Option<Vec<u8>> {
-        // A buffer would stay in the ring for a later event.
-        if !self.with_device(SoftDevice::event_pending) {
-            return None;
-        }
-        let rig = self.rig();
-        rig.post_event_buffer(len.max(1)); // A buffer has at least one byte.
-        let mut replies = rig.event_replies();
-        assert_eq!(replies.len(), 1, "an event and a buffer for it");
-        let mut reply = replies.remove(0);
-        reply.bytes.truncate(reply.used);
-        Some(reply.bytes)
+    fn translate(&mut self, stream: Stream, iova: Iova, access: Access) -> Result<Piece, FaultCause> {
+        self.host_mut().inner.soft().translate(stream, iova, access, |piece| piece)
+    }
+
+    fn peek(&mut self, stream: Stream, iova: Iova, access: Access) -> Result<Piece, FaultCause> {
+        self.host_mut().inner.soft().peek(stream, iova, access)
+    }
+
+    fn answer(&mut self, ticket: Ticket) -> Option<Answer> {
+        self.host_mut().inner.soft().answer(ticket)
+    }
+
+    fn seen(&mut self) -> Vec<Seen> {
+        std::mem::take(&mut self.host_mut().seen)
+    }
+
+    fn make_up(&mut self, ask: Ask) {
+        self.host_mut().make_up(ask);
+    }
+
+    fn forget(&mut self, key: Key) {
+        self.host_mut().forget(key);
+    }
+
+    fn fail(&mut self) {
+        self.host_mut().fails = true;
     }
 }
 
-fn setup(world: &Arc<World>, accept: u64) -> Setup {
-    Setup {
-        config: world.device_config(),
-        endpoints: world.device_endpoints(),
-        accept: Some(Features::from_bits_retain(accept)),
-        queue_size: 256,
-        memory_bytes: MEMORY_BYTES,
+/// Device or system reset.
+fn reset<H: Host>(device: &mut Device<H>, system: bool) {
+    if system {
+        device.system_reset();
+    } else {
+        device.reset();
     }
 }
 
-fn stream(id: u32, pasid: Option<u32>) -> Stream {
+fn accept<H: Host>(device: &mut Device<H>, features: u64) -> bool {
+    device.accept_features(Features::from_bits_retain(features)).is_ok()
+}
+
+/// As hosts name it.
+pub(super) fn stream_of(id: u32, pasid: Option<u32>) -> Stream {
     Stream { endpoint: EndpointId(id), pasid: pasid.map(|pasid| Pasid::new(pasid).expect("20 bits")) }
 }
 
-const fn real(access: words::Access) -> Access {
+/// As hosts name it.
+pub(super) const fn access_of(access: words::Access) -> Access {
     let kind = match access.kind {
         Kind::Read => AccessKind::Read,
         Kind::Write => AccessKind::Write,

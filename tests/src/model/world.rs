@@ -7,6 +7,8 @@ use viommu_wire::{
     DomainId, DomainRange, EndpointId, Features, Iova, IovaRange, ReservedKind, ReservedRegion,
 };
 
+use super::layout;
+
 /// Bits of the feature word, by the numbers of the specification.
 pub mod bit {
     /// INPUT_RANGE.
@@ -23,10 +25,12 @@ pub mod bit {
     pub const BYPASS_CONFIG: u64 = 1 << 6;
     /// ATTACH_TABLE.
     pub const ATTACH_TABLE: u64 = 1 << 7;
+    /// PAGE_REQUEST.
+    pub const PAGE_REQUEST: u64 = 1 << 56;
     /// All that this device has.
-    pub const ALL: u64 = 0b1111_0111;
+    pub const ALL: u64 = 0b1111_0111 | PAGE_REQUEST;
     /// All that the device type defines: 0 to 7, and PAGE_REQUEST.
-    pub const DEVICE_TYPE: u64 = 0xff | 1 << 56;
+    pub const DEVICE_TYPE: u64 = 0xff | PAGE_REQUEST;
 }
 
 /// A device: configuration, limits, endpoints.
@@ -46,8 +50,13 @@ pub struct World {
     pub probe_size: u32,
     /// The first value of `bypass`.
     pub bypass: bool,
-    /// How many domains, mappings in one, mappings in all, waiting events, page tables of one endpoint, of all.
+    /// How much of everything.
     pub limits: Bounds,
+    /// How long a driver may take to answer page requests, in nanoseconds; `u64::MAX`: for ever.
+    pub timeout: u64,
+    /// The machine takes one kind of table for each architecture, as hardware through Linux does, and the device makes the
+    /// other of it, with its own tables in memory from the first of these addresses to the last.
+    pub mediated: Option<(u64, u64)>,
     /// By ascending ID.
     pub endpoints: Vec<EndpointSpec>,
     /// Not of the device: what the generator makes most of.
@@ -63,6 +72,8 @@ pub enum Focus {
     Tables,
     /// MAP, UNMAP, and accesses.
     Mappings,
+    /// Accesses that wait, their answers, and what closes them.
+    Requests,
 }
 
 /// Bounds on what a guest can make grow.
@@ -80,6 +91,10 @@ pub struct Bounds {
     pub pasids_per_endpoint: usize,
     /// Of all.
     pub pasids: usize,
+    /// Page requests of one endpoint that are not answered.
+    pub requests_per_endpoint: usize,
+    /// Of all.
+    pub requests: usize,
 }
 
 /// An endpoint.
@@ -91,6 +106,8 @@ pub struct EndpointSpec {
     pub reserved: Vec<Region>,
     /// What tables its hardware walks.
     pub tables: Hardware,
+    /// Its accesses can wait for a page.
+    pub waits: bool,
 }
 
 /// A reserved region.
@@ -199,10 +216,18 @@ const VTD_SMALL: Hardware = Hardware::Vtd {
     shown: [cap(38), ecap(7)],
 };
 
+/// Where the device keeps its own tables.
+const WINDOW: (u64, u64) = (layout::WINDOW, layout::WINDOW + layout::WINDOW_BYTES - 1);
+
 impl World {
     /// Everything offered, ordinary limits.
     pub fn ordinary() -> Self {
-        let spec = |id, reserved: &[Region], tables| EndpointSpec { id, reserved: reserved.to_vec(), tables };
+        let spec = |id, reserved: &[Region], tables| EndpointSpec {
+            id,
+            reserved: reserved.to_vec(),
+            tables,
+            waits: !matches!(id, 9 | 24 | 25),
+        };
         Self {
             name: "ordinary",
             offered: bit::ALL,
@@ -218,7 +243,11 @@ impl World {
                 events: 100,
                 pasids_per_endpoint: 100,
                 pasids: 100,
+                requests_per_endpoint: 100,
+                requests: 200,
             },
+            timeout: 1000,
+            mediated: None,
             endpoints: vec![
                 spec(8, &[region(true, 0x800_0000, 0x80f_ffff)], SMMU_LARGE),
                 spec(9, &[], SMMU_SMALL),
@@ -247,7 +276,10 @@ impl World {
                 events: 3,
                 pasids_per_endpoint: 2,
                 pasids: 3,
+                requests_per_endpoint: 2,
+                requests: 3,
             },
+            timeout: 100,
             ..Self::ordinary()
         }
     }
@@ -287,9 +319,56 @@ impl World {
         Self { name: "mappings", focus: Focus::Mappings, domains: (0, u32::MAX), ..Self::narrow() }
     }
 
-    /// All of the above.
-    pub fn all() -> [Self; 6] {
-        [Self::ordinary(), Self::narrow(), Self::bytes(), Self::tables(), Self::caches(), Self::mappings()]
+    /// Endpoints that wait for pages, bounds that are soon reached, and a generator that stays with them.
+    pub fn requests() -> Self {
+        let limits = Bounds { requests_per_endpoint: 4, requests: 6, events: 4, ..Self::ordinary().limits };
+        let mut world = Self { name: "requests", focus: Focus::Requests, limits, ..Self::ordinary() };
+        world.endpoints.retain(|spec| matches!(spec.id, 8 | 9 | 16 | 17));
+        world
+    }
+
+    /// The same where a driver may take for ever: bounds are reached, and the queue of events has other turns.
+    pub fn patient() -> Self {
+        let limits = Bounds { requests_per_endpoint: 5, requests: 7, ..Self::requests().limits };
+        Self { name: "patient", timeout: u64::MAX, limits, ..Self::requests() }
+    }
+
+    /// Over a machine that takes one kind of table for each architecture, and tells accesses with PASID 0 and untagged
+    /// ones apart no more than Linux does: without RPS.
+    #[must_use]
+    pub fn mediated(mut self) -> Self {
+        for spec in &mut self.endpoints {
+            if let Hardware::Vtd { rps, shown: [_, ecap], .. } = &mut spec.tables {
+                *rps = false;
+                *ecap &= !(1 << 49);
+            }
+        }
+        let name = match self.name {
+            "ordinary" => "ordinary mediated",
+            "caches" => "caches mediated",
+            "requests" => "requests mediated",
+            _ => "mediated",
+        };
+        Self { name, mediated: Some(WINDOW), ..self }
+    }
+
+    /// Those over a machine that takes every kind of table.
+    pub fn native() -> [Self; 8] {
+        [
+            Self::ordinary(),
+            Self::narrow(),
+            Self::bytes(),
+            Self::tables(),
+            Self::caches(),
+            Self::mappings(),
+            Self::requests(),
+            Self::patient(),
+        ]
+    }
+
+    /// Those over a machine that takes one.
+    pub fn made() -> [Self; 4] {
+        [Self::ordinary(), Self::narrow(), Self::caches(), Self::requests()].map(Self::mediated)
     }
 
     /// The endpoint of this number.
@@ -304,8 +383,16 @@ impl World {
 
     /// The same for the device.
     pub fn device_config(&self) -> DeviceConfig {
-        let Bounds { domains, mappings_per_domain, mappings, events, pasids_per_endpoint, pasids } =
-            self.limits;
+        let Bounds {
+            domains,
+            mappings_per_domain,
+            mappings,
+            events,
+            pasids_per_endpoint,
+            pasids,
+            requests_per_endpoint,
+            requests,
+        } = self.limits;
         DeviceConfig {
             features: Features::from_bits_retain(self.offered),
             page_size_mask: self.page_size_mask,
@@ -321,21 +408,37 @@ impl World {
                 max_pending_events: events,
                 max_bound_pasids_per_endpoint: pasids_per_endpoint,
                 max_bound_pasids: pasids,
-                ..Limits::DEFAULT
+                max_page_requests_per_endpoint: requests_per_endpoint,
+                max_page_requests: requests,
             },
-            ..DeviceConfig::default()
+            page_request_timeout_ns: self.timeout,
         }
     }
 
     /// The endpoints for the host.
     pub fn device_endpoints(&self) -> Vec<(u32, EndpointCaps)> {
-        self.endpoints.iter().map(|endpoint| (endpoint.id, endpoint.caps())).collect()
+        let is_made = self.mediated.is_some();
+        self.endpoints.iter().map(|endpoint| (endpoint.id, endpoint.caps(is_made))).collect()
+    }
+
+    /// The reserved regions that PROBE tells of an endpoint, ascending: its own, and the device's tables on an SMMUv3.
+    pub fn reserved(&self, spec: &EndpointSpec) -> Vec<Region> {
+        let window = self.mediated.filter(|_| matches!(spec.tables, Hardware::Smmuv3 { .. }));
+        let window = window.map(|(first, last)| Region { msi: false, first, last });
+        let mut regions: Vec<Region> = spec.reserved.iter().copied().chain(window).collect();
+        regions.sort_by_key(|region| region.first);
+        regions
+    }
+
+    /// Whether any of the addresses from `first` to `last` belongs to the device's own tables.
+    pub fn is_own(&self, first: u64, last: u64) -> bool {
+        self.mediated.is_some_and(|(start, end)| start <= last && first <= end)
     }
 }
 
 impl EndpointSpec {
-    /// The same for the host.
-    pub fn caps(&self) -> EndpointCaps {
+    /// The same for the host, which takes one kind of table or all.
+    pub fn caps(&self, takes_one: bool) -> EndpointCaps {
         let reserved = self.reserved.iter().map(|region| ReservedRegion {
             kind: if region.msi { ReservedKind::Msi } else { ReservedKind::Reserved },
             range: IovaRange::new(Iova(region.first), Iova(region.last)).expect("a range"),
@@ -351,12 +454,12 @@ impl EndpointSpec {
                 Some(TableCaps::Vtd(vtd::Caps::from_registers(registers)))
             }
         };
-        // The model knows no page tables of single PASIDs on an SMMUv3.
         let kinds = match self.tables {
-            Hardware::Smmuv3 { .. } => TableKinds::PASID_TABLE,
-            Hardware::None | Hardware::Vtd { .. } => TableKinds::all(),
+            Hardware::Smmuv3 { .. } if takes_one => TableKinds::PASID_TABLE,
+            Hardware::Vtd { .. } if takes_one => TableKinds::PAGE_TABLE,
+            _ => TableKinds::all(),
         };
-        EndpointCaps { tables, kinds, reserved: reserved.collect(), ..EndpointCaps::default() }
+        EndpointCaps { tables, kinds, native: kinds, reserved: reserved.collect(), page_requests: self.waits }
     }
 
     /// As the wire names it.

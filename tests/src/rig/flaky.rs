@@ -3,8 +3,8 @@
 use std::collections::VecDeque;
 
 use viommu_device::host::{
-    EndpointCaps, FaultReport, GroupResponse, Host, HostError, Invalidation, MapError, PageRequestReport,
-    SpaceSpec, Stopped, Stream, UnmapError,
+    Answered, EndpointCaps, FaultReport, GroupResponse, Host, HostError, Invalidation, MapError,
+    PageRequestReport, SpaceSpec, Stopped, Stream, UnmapError,
 };
 use viommu_device::mapping::Mapping;
 use viommu_device::soft::SoftHost;
@@ -108,7 +108,7 @@ impl Host for Flaky {
         self.inner.next_page_request()
     }
 
-    fn respond(&mut self, response: &GroupResponse) -> Result<(), HostError> {
+    fn respond(&mut self, response: &GroupResponse) -> Result<Answered, HostError> {
         self.inner.respond(response)
     }
 }

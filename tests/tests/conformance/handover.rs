@@ -6,7 +6,10 @@ use viommu_device::host::{EndpointCaps, FaultCause, HostError, TableCaps, TableK
 use viommu_device::{DeviceConfig, Features, Gpa, Limits};
 use viommu_tests::rig::{Bare, Call, Flaky, Memory, Rig, Sends, Setup, request, smmuv3, vtd};
 use viommu_tests::tables::{PageTable, PasidTable};
-use viommu_wire::{Event, Pasid, Properties, Property, Request, Status, TableDescriptor};
+use viommu_wire::{
+    Caches, DomainId, Event, Invalidate, InvalidateScope, Pasid, Properties, Property, Request, Status,
+    TableDescriptor,
+};
 
 /// IOVA 0x1000, one page, to page `to` of memory.
 fn pages(rig: &mut Rig, caps: &TableCaps, asid: u16, to: u64) -> PageTable {
@@ -166,8 +169,17 @@ fn x5_reserved_bytes_must_be_zero() {
     let intel = bind(1, 16, &pasids(&mut rig, &vtd(), 4)).encode();
     let single = request::attach_table(1, 16, request::vtd_page_table(Memory::page(9), 5)).encode();
     let unbind = request::attach_table(1, 8, request::unbind(5)).encode();
-    for (request, first) in [(&arm, 32), (&intel, 29), (&single, 40), (&unbind, 20)] {
-        for at in (13..16).chain(first..124) {
+    let arm_pages = pages(&mut rig, &smmuv3(), 1, 2).descriptor(5).unwrap();
+    let arm_single = request::attach_table(1, 8, arm_pages).encode();
+    assert_eq!(arm_single[12], 0x80);
+    for (request, between, first) in [
+        (&arm, 0..0, 32),
+        (&intel, 0..0, 29),
+        (&single, 0..0, 40),
+        (&unbind, 0..0, 20),
+        (&arm_single, 22..24, 56),
+    ] {
+        for at in (13..16).chain(between).chain(first..124) {
             let mut bytes = request.to_vec();
             bytes[at] = 0x10;
             assert_eq!(rig.send_bytes(&bytes), Status::Inval, "byte {at} of format {}", bytes[12]);
@@ -510,6 +522,91 @@ fn x25_faults_of_a_guests_table_are_told_with_their_pasid() {
         let expected =
             [(Some(5), endpoint, Mapping), (Some(6), endpoint, Unknown), (None, endpoint, Mapping)];
         assert_eq!(pasids, expected);
+    }
+}
+
+/// In domain 1 a page table for PASID 5 alone.
+#[test]
+fn x25_a_pasid_that_no_page_table_is_bound_for_is_domain() {
+    for (caps, endpoint, _) in architectures() {
+        let mut rig = Rig::new(Setup::default());
+        let pages = pages(&mut rig, &caps, 1, 2);
+        let table = pages.descriptor(5).unwrap();
+        assert_eq!(rig.send(&request::attach_table(1, endpoint, table)), Status::Ok);
+        for pasid in [None, Some(6)] {
+            assert!(rig.machine.access(endpoint, pasid, 0x1000, AccessKind::Read).is_err());
+            match rig.events()[..] {
+                [Event::Fault(fault)] => {
+                    assert_eq!(fault.reason, viommu_wire::FaultReason::Domain);
+                    assert_eq!(fault.pasid.map(Pasid::value), pasid);
+                }
+                ref other => panic!("{other:?}"),
+            }
+        }
+        assert!(rig.machine.access(endpoint, Some(5), 0x9000, AccessKind::Read).is_err());
+        assert!(matches!(
+            rig.events()[..],
+            [Event::Fault(fault)] if fault.reason == viommu_wire::FaultReason::Mapping
+        ));
+    }
+}
+
+#[test]
+fn x54_faults_that_are_not_to_be_recorded_are_not_told() {
+    for (caps, endpoint, _) in architectures() {
+        let mut rig = Rig::new(Setup::default());
+        let table = pasids(&mut rig, &caps, 2);
+        assert_eq!(rig.send(&bind(1, endpoint, &table)), Status::Ok);
+        // CD.R is set and has to be cleared, FPD the other way round.
+        let (entry, bit) = match table.descriptor() {
+            TableDescriptor::Smmuv3 { ste0, .. } => ((ste0 & 0x000f_ffff_ffff_ffc0) + 5 * 64, 1 << 45),
+            TableDescriptor::VtdPasidTable(table) => {
+                ((rig.machine.memory().load(table.directory).unwrap() & !0xfff) + 5 * 64, 1 << 1)
+            }
+            other => panic!("{other:?}"),
+        };
+        for told in [true, false, true] {
+            for iova in [0x9000, 0x1_2345_6000] {
+                assert!(rig.machine.access(endpoint, Some(5), iova, AccessKind::Write).is_err());
+                assert_eq!(rig.events().len(), usize::from(told));
+                assert!(rig.machine.access(endpoint, None, iova, AccessKind::Write).is_err());
+                assert_eq!(rig.events().len(), 1, "of another entry");
+            }
+            assert_eq!(leads(&rig, endpoint), (Some(2), Some(3)));
+            let word = rig.machine.memory().load(Gpa(entry)).unwrap();
+            rig.machine.memory().store(Gpa(entry), word ^ bit);
+            let scope = InvalidateScope::Pasid(Pasid::new(5));
+            let (domain, caches) = (DomainId(1), Caches::all());
+            let entry = Invalidate { domain, scope, caches, leaf: false, tag: None, global: false };
+            assert_eq!(rig.send(&Request::Invalidate(entry)), Status::Ok);
+        }
+    }
+}
+
+#[test]
+fn x54_what_stalls_is_told_whatever_r_says() {
+    use pgtable_formats::context::smmuv3::{Caps, IdRegisters};
+    // All faults stall on this hardware: CD.S is 1.
+    const STALL_MODEL: u32 = 2 << 24;
+    let registers =
+        IdRegisters { idr0: IdRegisters::SOFTWARE.idr0 & !(3 << 24) | STALL_MODEL, ..IdRegisters::SOFTWARE };
+    let caps = TableCaps::Smmuv3(Caps::from_registers(registers));
+    let endpoint = EndpointCaps { tables: Some(caps.clone()), ..EndpointCaps::default() };
+    let mut rig = Rig::new(Setup { endpoints: vec![(8, endpoint)], ..Setup::default() });
+    let table = pasids(&mut rig, &caps, 2);
+    assert_eq!(rig.send(&bind(1, 8, &table)), Status::Ok);
+    let TableDescriptor::Smmuv3 { ste0, .. } = table.descriptor() else { panic!() };
+    let entry = Gpa((ste0 & 0x000f_ffff_ffff_ffc0) + 5 * 64);
+    for record in [1, 0] {
+        let word = rig.machine.memory().load(entry).unwrap();
+        assert_eq!(word >> 44 & 1, 1, "CD.S");
+        rig.machine.memory().store(entry, word & !(1 << 45) | record << 45);
+        rig.machine.lock().device_mut().host_mut().flush();
+        assert!(rig.machine.access(8, Some(5), 0x9000, AccessKind::Write).is_err());
+        match rig.events()[..] {
+            [Event::Fault(fault)] => assert_eq!(fault.reason, viommu_wire::FaultReason::Mapping),
+            ref other => panic!("{other:?}"),
+        }
     }
 }
 

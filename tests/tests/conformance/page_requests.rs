@@ -1,15 +1,18 @@
-//! Page requests.
+//! Page requests.
+
+use std::collections::BTreeSet;
 
 use pgtable_formats::format::Attrs;
 use pgtable_formats::{Access, TableMem};
 use viommu_device::host::{EndpointCaps, FaultCause, Stream, TableCaps};
 use viommu_device::soft::{AccessError, Answer, Ticket};
-use viommu_device::{DeviceConfig, Features, Limits};
+use viommu_device::{DeviceConfig, Features, Gpa, Limits};
 use viommu_tests::rig::{Memory, Rig, Sends, Setup, request, smmuv3, vtd};
 use viommu_tests::tables::{PageTable, PasidTable};
 use viommu_wire::{
-    AccessFlags, EndpointId, Event, FaultEvent, FaultReason, Iova, PageRequest, PageRequestFlags,
-    PageResponse, PageResponseCode, Properties, Property, Request, Status, TableDescriptor,
+    AccessFlags, Caches, DomainId, EndpointId, Event, FaultEvent, FaultReason, Invalidate, InvalidateScope,
+    Iova, IovaRange, PageRequest, PageRequestFlags, PageResponse, PageResponseCode, Properties, Property,
+    Request, Status, TableDescriptor,
 };
 
 use PageResponseCode::{Failure, Invalid, Success};
@@ -56,6 +59,17 @@ impl Process {
 
     fn bind(&self, domain: u32) -> Request {
         request::attach_table(domain, self.endpoint, self.table.descriptor())
+    }
+
+    /// Where the first word of the entry of `pasid` is.
+    fn entry(&self, rig: &Rig, pasid: u64) -> Gpa {
+        match self.table.descriptor() {
+            TableDescriptor::Smmuv3 { ste0, .. } => Gpa((ste0 & 0x000f_ffff_ffff_ffc0) + pasid * 64),
+            TableDescriptor::VtdPasidTable(table) => {
+                Gpa((rig.machine.memory().load(table.directory).unwrap() & !0xfff) + pasid * 64)
+            }
+            other => panic!("{other:?}"),
+        }
     }
 
     fn map(&self, rig: &mut Rig, iova: u64) {
@@ -383,6 +397,109 @@ fn x36_a_pasid_that_is_bound_anew_or_taken_back_answers_invalid() {
     }
 }
 
+fn invalidate(domain: u32, scope: InvalidateScope, caches: Caches, tag: Option<u64>) -> Request {
+    let domain = DomainId(domain);
+    Request::Invalidate(Invalidate { domain, scope, caches, leaf: false, tag, global: false })
+}
+
+fn pasid(pasid: Option<u32>) -> InvalidateScope {
+    InvalidateScope::Pasid(pasid.map(request::pasid))
+}
+
+fn addresses(pasid: Option<u32>) -> InvalidateScope {
+    let range = IovaRange::from_length(Iova(0x1000), 0x1000).unwrap();
+    InvalidateScope::Address { pasid: pasid.map(request::pasid), range, page_lg2: 12 }
+}
+
+#[test]
+fn x36_an_entry_that_is_invalidated_by_name_answers_invalid() {
+    for endpoint in [8, 16] {
+        for named in [None, Some(5)] {
+            for (scope, caches, tag) in [
+                (pasid(named), Caches::all(), None),
+                (pasid(named), Caches::PASID, None),
+                (pasid(named), Caches::PASID, Some(1)),
+                (addresses(named), Caches::PASID, None),
+            ] {
+                ends_the_waiting(endpoint, named, |rig, process| {
+                    assert_eq!(rig.send(&invalidate(endpoint, scope, caches, tag)), Status::Ok);
+                    // The entry is as it was, and the next access waits anew.
+                    let ticket = process.waits(rig, named, 0x9000);
+                    let asked = told(rig);
+                    let asked = asked.iter().find(|asked| asked.endpoint.0 == endpoint).unwrap();
+                    assert_eq!(rig.send(&response(asked, Success)), Status::Ok);
+                    assert_eq!(answer(rig, ticket), Some(Answer::Retry));
+                });
+            }
+        }
+    }
+    // Page tables that are bound one by one.
+    for (endpoint, named, gone) in
+        [(16, Some(5), &[Some(5)][..]), (16, Some(0), &[None, Some(0)]), (16, None, &[None, Some(0)])]
+    {
+        let mut rig = Rig::new(setup());
+        let process = Process::unbound(&mut rig, endpoint);
+        for value in [0, 5, 6] {
+            let table = process.pages.descriptor(value).unwrap();
+            assert_eq!(rig.send(&request::attach_table(1, endpoint, table)), Status::Ok);
+        }
+        let streams = [None, Some(0), Some(5), Some(6)];
+        let tickets = streams.map(|stream| process.waits(&rig, stream, 0x1000));
+        assert_eq!(rig.send(&invalidate(1, pasid(named), Caches::all(), None)), Status::Ok);
+        for (stream, ticket) in streams.iter().zip(tickets) {
+            assert_eq!(answer(&rig, ticket), gone.contains(stream).then_some(Answer::Failed), "{stream:?}");
+        }
+        assert_eq!(told(&mut rig).len(), streams.len() - gone.len());
+    }
+}
+
+#[test]
+fn x36_an_invalidate_that_names_no_entry_answers_nothing() {
+    both(|mut rig, process| {
+        let endpoint = process.endpoint;
+        let told_first = process.waits(&rig, Some(5), 0x1000);
+        let asked = told(&mut rig);
+        let untold = process.waits(&rig, Some(5), 0x2000);
+        for (scope, caches) in [
+            (InvalidateScope::Domain, Caches::all()),
+            (InvalidateScope::Domain, Caches::PASID),
+            (pasid(Some(5)), Caches::TLB),
+            (addresses(Some(5)), Caches::TLB),
+            (pasid(Some(6)), Caches::all()),
+            (pasid(None), Caches::all()),
+        ] {
+            assert_eq!(rig.send(&invalidate(endpoint, scope, caches, None)), Status::Ok);
+            rig.refuse(&invalidate(99, pasid(Some(5)), caches, None).encode(), Status::NoEnt);
+        }
+        assert_eq!(answer(&rig, told_first), None);
+        assert_eq!(answer(&rig, untold), None);
+        for asked in [asked, told(&mut rig)].concat() {
+            assert_eq!(rig.send(&response(&asked, Success)), Status::Ok);
+        }
+    });
+}
+
+#[test]
+fn x36_untagged_accesses_and_their_pasid_have_one_entry() {
+    for (named, other) in [(Some(0), None), (None, Some(0))] {
+        let mut rig = Rig::new(setup());
+        let process = Process::new(&mut rig, 16);
+        let tickets = [named, other].map(|pasid| process.waits(&rig, pasid, 0x1000));
+        let kept = process.waits(&rig, Some(5), 0x1000);
+        assert_eq!(rig.send(&invalidate(16, pasid(named), Caches::all(), None)), Status::Ok);
+        for ticket in tickets {
+            assert_eq!(answer(&rig, ticket), Some(Answer::Failed));
+        }
+        assert_eq!(answer(&rig, kept), None);
+    }
+    // On Arm PASID 0 is not to be had where untagged accesses use its descriptor.
+    let mut rig = Rig::new(setup());
+    let process = Process::new(&mut rig, 8);
+    let ticket = process.waits(&rig, None, 0x1000);
+    assert_eq!(rig.send(&invalidate(8, pasid(Some(0)), Caches::all(), None)), Status::Ok);
+    assert_eq!(answer(&rig, ticket), Some(Answer::Failed));
+}
+
 #[test]
 fn x36_a_reset_answers_invalid() {
     for endpoint in [8, 16] {
@@ -417,6 +534,30 @@ fn x37_a_driver_without_the_feature_hears_of_a_fault() {
         assert_eq!(rig.events(), [Event::Fault(fault)]);
         assert_eq!(answer(&rig, ticket), Some(Answer::Failed));
         rig.leave_unwritten(&[8; 28], 4);
+    }
+}
+
+#[test]
+fn x54_a_page_request_that_becomes_a_fault_is_told_or_not_as_any() {
+    for endpoint in [8, 16] {
+        let mut rig = Rig::new(Setup { accept: Some(DeviceConfig::FEATURES), ..setup() });
+        let process = Process::new(&mut rig, endpoint);
+        // CD.R is set and has to be cleared, FPD the other way round.
+        let bit = if endpoint == 8 { 1 << 45 } else { 1 << 1 };
+        process.pages.map(rig.alloc(), 0x3000, Memory::page(3).0, 0x1000, Attrs::READ);
+        for told in [true, false, true] {
+            for iova in [0x1000, 0x3000] {
+                let ticket = process.waits(&rig, Some(5), iova);
+                assert_eq!(rig.events().len(), usize::from(told), "{endpoint} {iova:#x}");
+                assert_eq!(answer(&rig, ticket), Some(Answer::Failed));
+                process.waits(&rig, Some(6), iova);
+                assert_eq!(rig.events().len(), 1, "of another entry");
+            }
+            let word = process.entry(&rig, 5);
+            let value = rig.machine.memory().load(word).unwrap();
+            rig.machine.memory().store(word, value ^ bit);
+            assert_eq!(rig.send(&invalidate(endpoint, pasid(Some(5)), Caches::all(), None)), Status::Ok);
+        }
     }
 }
 
@@ -503,14 +644,8 @@ fn x41_only_what_a_page_can_cure_waits() {
         // No entry for the PASID.
         faults(&mut rig, Some(9), 0x1000);
         // The entry of PASID 5 leads out of memory.
-        let (entry, word) = match process.table.descriptor() {
-            TableDescriptor::Smmuv3 { ste0, .. } => ((ste0 & 0x000f_ffff_ffff_ffc0) + 5 * 64, 1),
-            TableDescriptor::VtdPasidTable(table) => {
-                ((rig.machine.memory().load(table.directory).unwrap() & !0xfff) + 5 * 64, 2)
-            }
-            other => panic!("{other:?}"),
-        };
-        let root = viommu_device::Gpa(entry + 8 * word);
+        let word = if process.endpoint == 8 { 1 } else { 2 };
+        let root = Gpa(process.entry(&rig, 5).0 + 8 * word);
         let value = rig.machine.memory().load(root).unwrap();
         rig.machine.memory().store(root, value | 1 << 46);
         rig.machine.lock().device_mut().host_mut().flush();
@@ -519,10 +654,68 @@ fn x41_only_what_a_page_can_cure_waits() {
         // A page without the permission can be cured.
         process.pages.map(rig.alloc(), 0x1000, Memory::page(3).0, 0x1000, Attrs::READ);
         process.waits(&rig, Some(6), 0x1000);
+        told(&mut rig);
+        // What the table has no entry for is a translation fault on Arm, which stalls like any other: beyond T0SZ, in a
+        // half that is switched off. On VT-d an address that is not canonical is none.
+        for (iova, is_canonical) in [(1 << 50, false), (u64::MAX << 48, false), (u64::MAX, true)] {
+            if process.endpoint == 8 || is_canonical {
+                process.waits(&rig, Some(6), iova);
+            } else {
+                faults(&mut rig, Some(6), iova);
+            }
+        }
+        told(&mut rig);
         // A domain of mappings waits for no page, nor does an endpoint in no domain.
         assert_eq!(rig.send(&request::attach(50, process.endpoint)), Status::Ok);
         faults(&mut rig, None, 0x1000);
         assert_eq!(rig.send(&request::detach(50, process.endpoint)), Status::Ok);
         faults(&mut rig, None, 0x1000);
     });
+}
+
+#[test]
+fn x55_numbers_of_groups_go_round() {
+    both(|mut rig, process| {
+        let held = process.waits(&rig, Some(6), 0x1000);
+        let held_number = told(&mut rig)[0].group_id;
+        let mut numbers = Vec::new();
+        // All of them, and some once more.
+        for round in 0..66_000u32 {
+            process.waits(&rig, Some(5), 0x1000);
+            let asked = told(&mut rig)[0];
+            numbers.push(asked.group_id);
+            // Over by an answer, or by the device.
+            if round % 64 != 0 {
+                assert_eq!(rig.send(&response(&asked, Invalid)), Status::Ok);
+            } else {
+                let entry = invalidate(process.endpoint, pasid(Some(5)), Caches::all(), None);
+                assert_eq!(rig.send(&entry), Status::Ok);
+                assert_eq!(rig.send(&response(&asked, Success)), Status::NoEnt);
+            }
+        }
+        assert_eq!(answer(&rig, held), None);
+        assert!(!numbers.contains(&held_number));
+        let (round, next) = numbers.split_at(usize::from(u16::MAX));
+        assert_eq!(round.iter().collect::<BTreeSet<_>>().len(), round.len(), "each one once");
+        assert_eq!(next, &round[..next.len()], "and again in their order");
+    });
+}
+
+#[test]
+fn x56_page_requests_go_with_tables() {
+    let features = DeviceConfig::ALL_FEATURES - Features::ATTACH_TABLE;
+    let rig = Rig::new(with(DeviceConfig { features, ..DeviceConfig::default() }));
+    assert_eq!(rig.machine.lock().offered_features() & Features::DEVICE, features - Features::PAGE_REQUEST);
+    // Who takes the one without the other has an IOMMU as it always was.
+    let mut rig = Rig::new(Setup { accept: Some(features), ..setup() });
+    assert!(rig.machine.lock().device().features().contains(Features::PAGE_REQUEST));
+    assert_eq!(rig.send(&request::attach(1, 8)), Status::Ok);
+    let host_answer = {
+        let mut iommu = rig.machine.lock();
+        iommu.device_mut().host_mut().access(stream(8, None), Iova(0x1000), Access::WRITE, |_| ())
+    };
+    assert_eq!(host_answer, Err(AccessError::Fault(FaultCause::Unmapped)));
+    assert!(matches!(rig.events()[..], [Event::Fault(_)]));
+    let response = PageResponse { endpoint: EndpointId(8), pasid: None, group_id: 0, code: Success };
+    assert_eq!(rig.send(&Request::PageResponse(response)), Status::NoEnt);
 }

@@ -9,13 +9,13 @@ use viommu_device::host::{
 use viommu_device::mapping::{MapFlags, Mapping};
 use viommu_device::mediated::{Mediated, MediationLimits, Space, Window, WindowError};
 use viommu_device::{DeviceConfig, soft};
-use viommu_tests::host_suite::HostUnderTest;
+use viommu_tests::host_suite::soft::{
+    ARM, INTEL, MediatedSoft as Soft, SMMUV3, VTD, WINDOW_BYTES, WINDOW_PAGE,
+};
+use viommu_tests::host_suite::{HostUnderTest, Restricted};
 use viommu_tests::rig::{Bare, Memory, Sends, request};
 use viommu_tests::tables::{PageTable, PasidTable};
 use viommu_wire::{Caches, EndpointId, Properties, Property, ReservedKind, Status, numbers};
-
-use super::restricted::Restricted;
-use super::soft::{ARM, INTEL, Soft, WINDOW_BYTES, WINDOW_PAGE};
 
 fn caps(soft: &Soft, endpoint: u32) -> TableCaps {
     soft.host.caps(EndpointId(endpoint)).and_then(|caps| caps.tables.clone()).expect("tables")
@@ -59,7 +59,8 @@ fn a_guest_has_both_kinds_and_moves_between_them() {
         (8, [numbers::FORMAT_ARM_SMMU3, numbers::FORMAT_ARM_PT]),
         (16, [numbers::FORMAT_INTEL_PT, numbers::FORMAT_INTEL_PASID_TABLE]),
     ] {
-        let mut soft = Soft::new(endpoint, endpoint + 1, false, if endpoint == 8 { ARM } else { INTEL });
+        let mut soft =
+            Soft::mediated([endpoint, endpoint + 1], false, if endpoint == 8 { ARM } else { INTEL });
         let first = leading(&mut soft, endpoint, 1, 16);
         let second = leading(&mut soft, endpoint, 2, 17);
         let all = PasidTable::new(&caps(&soft, endpoint), 13, &mut soft.memory);
@@ -117,7 +118,7 @@ fn a_guest_has_both_kinds_and_moves_between_them() {
 /// No table of a guest may lie in the window, and no mapping lead there.
 #[test]
 fn the_window_is_out_of_reach() {
-    let mut soft = Soft::new(8, 9, false, ARM);
+    let mut soft = Soft::mediated(SMMUV3, false, ARM);
     let TableCaps::Smmuv3(arm) = caps(&soft, 8) else { panic!() };
     let window = Memory::page(WINDOW_PAGE);
     let bare = leading(&mut soft, 8, 1, 16);
@@ -165,7 +166,7 @@ fn a_window_that_is_not_memory_is_no_window() {
 fn the_window_bounds_page_tables() {
     // Level 1 for 20 bits of PASID, and three level-2 tables.
     let bytes = (128 << 10) + 3 * 4096;
-    let mut soft = Soft::with(8, 9, false, ARM, bytes, MediationLimits::DEFAULT);
+    let mut soft = Soft::mediated_within(SMMUV3, false, ARM, bytes, MediationLimits::DEFAULT);
     let table = leading(&mut soft, 8, 1, 16).canonical().expect("a table");
     let mut spaces: Vec<_> = (0..5).map(|_| space(&mut soft, 8, &table).expect("a space")).collect();
     for (place, pasid) in [1, 64, 0xf_ffff].into_iter().enumerate() {
@@ -193,7 +194,7 @@ fn the_window_bounds_page_tables() {
 #[test]
 fn one_endpoint_has_its_share_of_the_window() {
     let limits = MediationLimits { max_window_per_endpoint: (128 << 10) + 4096, ..MediationLimits::DEFAULT };
-    let mut soft = Soft::with(8, 9, false, ARM, WINDOW_BYTES, limits);
+    let mut soft = Soft::mediated_within(SMMUV3, false, ARM, WINDOW_BYTES, limits);
     for endpoint in [8, 9] {
         let table = leading(&mut soft, endpoint, 1, 16).canonical().expect("a table");
         let mut first = space(&mut soft, endpoint, &table).expect("a space");
@@ -215,7 +216,7 @@ fn bound(soft: &mut Soft, endpoint: u32, pasids: impl Iterator<Item = u32>) -> P
 /// Only what differs is bound anew: everything else is one invalidation below.
 #[test]
 fn only_what_changed_is_bound() {
-    let mut soft = Soft::new(16, 17, false, INTEL);
+    let mut soft = Soft::mediated(VTD, false, INTEL);
     let table = bound(&mut soft, 16, (0..1000).map(|number| number * 17));
     let mut all = space(&mut soft, 16, &table.canonical()).expect("a space");
     soft.host.bind(untagged(16), Some(&mut all)).expect("bound");
@@ -245,7 +246,7 @@ fn only_what_changed_is_bound() {
 #[test]
 fn limits_bound_entries() {
     let limits = MediationLimits { max_entries_per_endpoint: 3, max_entries: 5, ..MediationLimits::DEFAULT };
-    let mut soft = Soft::with(16, 17, false, INTEL, WINDOW_BYTES, limits);
+    let mut soft = Soft::mediated_within(VTD, false, INTEL, WINDOW_BYTES, limits);
     let small = bound(&mut soft, 16, [0, 5, 70].into_iter());
     let large = bound(&mut soft, 16, [0, 5, 70, 71].into_iter());
     let mut small_space = space(&mut soft, 16, &small.canonical()).expect("a space");
@@ -282,7 +283,7 @@ fn limits_bound_entries() {
 /// RID_PASID: its entry serves untagged accesses, and those with its number.
 #[test]
 fn untagged_accesses_use_the_entry_that_the_guest_names() {
-    let mut soft = Soft::new(16, 17, false, INTEL);
+    let mut soft = Soft::mediated(VTD, false, INTEL);
     let TableCaps::Vtd(vtd_caps) = caps(&soft, 16) else { panic!() };
     let three = Pasid::new(3).expect("20 bits");
     let table = vtd::PasidTable::create(7, three, &vtd_caps, &mut soft.memory).expect("RPS");
@@ -312,7 +313,7 @@ fn untagged_accesses_use_the_entry_that_the_guest_names() {
 /// What is not there, or not legal, is a fault; a machine that tells of it tells why.
 #[test]
 fn faults_have_the_reason_of_the_guest_s_table() {
-    let mut soft = Soft::new(16, 17, false, INTEL);
+    let mut soft = Soft::mediated(VTD, false, INTEL);
     let table = bound(&mut soft, 16, [0, 5].into_iter());
     let PasidTable::Vtd(entries) = &table else { panic!() };
     // Reserved bits, and a page table that is nowhere.
@@ -338,7 +339,7 @@ fn faults_have_the_reason_of_the_guest_s_table() {
     }
     assert_eq!(cause(&mut soft, tagged(16, 7)), FaultCause::Unattached);
 
-    let mut soft = Soft::new(8, 9, false, ARM);
+    let mut soft = Soft::mediated(SMMUV3, false, ARM);
     let table = leading(&mut soft, 8, 1, 16).canonical().expect("a table");
     let mut one = space(&mut soft, 8, &table).expect("a space");
     soft.host.bind(tagged(8, 5), Some(&mut one)).expect("bound");
@@ -352,7 +353,7 @@ fn faults_have_the_reason_of_the_guest_s_table() {
 /// The window is written and never read: whatever gets into it, the device goes on with what it knows.
 #[test]
 fn a_window_that_was_spoilt_leads_nowhere_else() {
-    let mut soft = Soft::new(8, 9, false, ARM);
+    let mut soft = Soft::mediated(SMMUV3, false, ARM);
     let table = leading(&mut soft, 8, 1, 16).canonical().expect("a table");
     let mut one = space(&mut soft, 8, &table).expect("a space");
     let mut two = space(&mut soft, 8, &table).expect("a space");

@@ -10,11 +10,10 @@ use viommu_device::host::{Host, HostError, Invalidation, Scope, SpaceSpec, Strea
 use viommu_device::mediated;
 use viommu_device::soft;
 use viommu_tests::host_suite::HostUnderTest;
+use viommu_tests::host_suite::soft::{ARM, INTEL, MediatedSoft as Soft};
 use viommu_tests::rig::Memory;
 use viommu_tests::tables::{PageTable, PasidTable};
 use viommu_wire::{Caches, EndpointId};
-
-use super::soft::{ARM, INTEL, Soft};
 
 type Space = mediated::Space<soft::Space>;
 
@@ -45,7 +44,7 @@ enum Step {
 impl World {
     fn new(first: u32) -> Self {
         let cannot = if first < 16 { ARM } else { INTEL };
-        let mut soft = Soft::new(first, first + 1, false, cannot);
+        let mut soft = Soft::mediated([first, first + 1], false, cannot);
         let endpoint = EndpointId(first);
         let caps = soft.host.caps(endpoint).and_then(|caps| caps.tables.clone()).expect("tables");
         let (mut tables, mut pages) = (Vec::new(), Vec::new());

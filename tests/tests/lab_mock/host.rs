@@ -6,7 +6,8 @@ use viommu_device::host::{Host, HostError, Invalidation, Scope, SpaceSpec, Strea
 use viommu_device::mapping::{MapFlags, Mapping};
 use viommu_host_iommufd::EVENT_QUEUE_DEPTH;
 use viommu_host_iommufd::kernel::{HwptData, ObjectId};
-use viommu_tests::host_suite::{Ability, HostUnderTest, skips};
+use viommu_tests::host_suite::HostUnderTest;
+use viommu_tests::host_suite::cells::{self, Hardware, Machine};
 use viommu_tests::rig::Memory;
 use viommu_tests::tables::{PageTable, PasidTable};
 use viommu_wire::{Caches, EndpointId};
@@ -15,9 +16,9 @@ use super::ioctl::{TestOp, UNRULY_PASID};
 use super::kernel::{EVENT_ADDRESS, Flavour, INVALIDATED, cached_by, slot};
 use super::mocks::{ENDPOINTS, MEMORY, Mocks, plain};
 
-type Space = viommu_host_iommufd::Space<super::kernel::MockKernel>;
+pub(crate) type Space = viommu_host_iommufd::Space<super::kernel::MockKernel>;
 
-fn stream(endpoint: EndpointId, pasid: Option<u32>) -> Stream {
+pub(crate) fn stream(endpoint: EndpointId, pasid: Option<u32>) -> Stream {
     Stream { endpoint, pasid: pasid.map(|pasid| Pasid::new(pasid).unwrap()) }
 }
 
@@ -29,7 +30,7 @@ fn page_table(mocks: &mut Mocks, page: u64) -> PageTable {
 }
 
 /// A VT-d table of one PASID.
-fn vtd_space(mocks: &mut Mocks, page: u64) -> Space {
+pub(crate) fn vtd_space(mocks: &mut Mocks, page: u64) -> Space {
     let table = page_table(mocks, page).canonical().unwrap();
     mocks.host().create(SpaceSpec::GuestTable { endpoint: ENDPOINTS[0], table: &table }).unwrap()
 }
@@ -42,7 +43,7 @@ fn smmuv3_space(mocks: &mut Mocks, endpoint: EndpointId, page: u64) -> Space {
     mocks.host().create(SpaceSpec::GuestTable { endpoint, table: &contexts.canonical() }).unwrap()
 }
 
-fn invalidation(endpoint: EndpointId, scope: Scope, caches: Caches) -> Invalidation {
+pub(crate) fn invalidation(endpoint: EndpointId, scope: Scope, caches: Caches) -> Invalidation {
     Invalidation { endpoint, scope, caches, leaf: false, tag: None, global: false }
 }
 
@@ -54,7 +55,7 @@ fn nested(mocks: &Mocks, pasid: Option<u32>) -> (ObjectId, HwptData) {
 }
 
 /// Drops host and devices, and checks that kernel and memory are as they were before there was a host.
-fn nothing_is_left(mut mocks: Mocks) {
+pub(crate) fn nothing_is_left(mut mocks: Mocks) {
     let pins = TestOp::CheckPins { user: mocks.user(Memory::BASE), length: MEMORY as u64, pins: 0 };
     drop(mocks.host.take());
     assert_eq!(mocks.kernel.free_numbers(), mocks.free);
@@ -68,40 +69,16 @@ fn nothing_is_left(mut mocks: Mocks) {
 #[test]
 #[ignore = "needs the lab: tests/lab/run"]
 fn suite_of_hosts_as_vtd() {
-    let left_out = [
-        ("identity_leads_where_it_says", Ability::PasidBypass),
-        ("identity_leads_where_it_says", Ability::BypassBeyondMemory),
-        ("faults_are_told", Ability::UnboundFaults),
-        ("faults_are_told", Ability::MappingFaults),
-        ("a_table_outside_memory_is_refused", Ability::PasidTables),
-        ("tables_serve_pasids", Ability::PasidTables),
-        ("stale_until_invalidated", Ability::PasidTables),
-        ("invalidation_by_range", Ability::PasidTables),
-        ("invalidation_of_contexts", Ability::PasidTables),
-        ("invalidation_by_tag", Ability::Tags),
-        ("rebinding_starts_clean", Ability::PasidTables),
-        ("faults_of_tables_are_told", Ability::TableFaults),
-    ];
-    assert_eq!(skips(|| Mocks::new(Flavour::Vtd)), left_out);
+    cells::entry(Machine::Iommufd(cells::Kernel::Mock), Hardware::Vtd, false)
+        .prove(|| Mocks::impatient(Flavour::Vtd));
 }
 
 /// The same as an SMMUv3.
 #[test]
 #[ignore = "needs the lab: tests/lab/run"]
 fn suite_of_hosts_as_smmuv3() {
-    let left_out = [
-        ("identity_leads_where_it_says", Ability::PasidBypass),
-        ("identity_leads_where_it_says", Ability::BypassBeyondMemory),
-        ("faults_are_told", Ability::UnboundFaults),
-        ("faults_are_told", Ability::MappingFaults),
-        ("a_table_outside_memory_is_refused", Ability::PageTables),
-        ("single_tables_serve_one_pasid", Ability::PageTables),
-        ("single_tables_are_stale_until_invalidated", Ability::PageTables),
-        ("stale_until_invalidated", Ability::NarrowUntagged),
-        ("invalidation_by_range", Ability::NarrowUntagged),
-        ("faults_of_tables_are_told", Ability::TableFaults),
-    ];
-    assert_eq!(skips(|| Mocks::new(Flavour::Smmuv3)), left_out);
+    cells::entry(Machine::Iommufd(cells::Kernel::Mock), Hardware::Smmuv3, false)
+        .prove(|| Mocks::impatient(Flavour::Smmuv3));
 }
 
 /// VT-d: one nested table for each PASID, attached, replaced and detached beside the others.

@@ -10,8 +10,9 @@ use nix::errno::Errno;
 use pgtable_formats::{Iova, IovaRange, Pasid};
 use viommu_host_iommufd::fake::{FakeSmmuv3, Unit};
 use viommu_host_iommufd::kernel::{
-    Commands, DeviceId, Event, HwInfo, HwKind, HwptData, HwptFlags, HwptSpec, InvalidateError, IoasMapping,
-    Iommufd, IovaRanges, ObjectId, PageFault, ResponseCode, ViommuKind, VtdInvalidation,
+    Commands, DeviceId, Event, HwCapabilities, HwInfo, HwKind, HwptData, HwptFlags, HwptSpec,
+    InvalidateError, IoasMapping, Iommufd, IovaRanges, ObjectId, PageFault, ResponseCode, ViommuKind,
+    VtdInvalidation,
 };
 use viommu_host_iommufd::sys::Sys;
 
@@ -257,7 +258,9 @@ impl Iommufd for MockKernel {
             (Flavour::Vtd, Unit::Vtd(vtd)) => HwKind::Vtd { flags: 1, cap: vtd.cap, ecap: vtd.ecap },
             _ => unreachable!(),
         };
-        Ok(HwInfo { kind, ..info })
+        // The kernel knows ATS of PCI alone. A mock has page requests all the same.
+        let capabilities = info.capabilities - HwCapabilities::ATS_NOT_SUPPORTED;
+        Ok(HwInfo { kind, capabilities, ..info })
     }
 
     fn alloc_hwpt(&self, spec: &HwptSpec) -> Result<ObjectId, Errno> {

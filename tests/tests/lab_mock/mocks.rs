@@ -3,20 +3,19 @@
 //! Attachments, address spaces and invalidations are the kernel's. The mock walks no tables: what hardware would find in
 //! the guest's is looked up here, and where that leads is asked of the kernel again.
 
-use std::fs::File;
 use std::sync::Arc;
 
-use nix::sys::memfd::{MFdFlags, memfd_create};
 use pgtable_formats::context::{Canonical, Context, smmuv3, vtd};
 use pgtable_formats::{Access, AccessKind, Gpa, Iova};
 use viommu_device::host::{Host, Stream, TableCaps};
 use viommu_host_iommufd::fake::{FakeMemory, Memory as _};
 use viommu_host_iommufd::kernel::{Backing, DeviceId, HwptData};
 use viommu_host_iommufd::{Device, IommufdHost};
+use viommu_tests::host_suite::memory::memory;
 use viommu_tests::host_suite::{Ability, Denied, HostUnderTest};
 use viommu_tests::rig::{Alloc, Memory};
 use viommu_wire::EndpointId;
-use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 use super::kernel::{Flavour, MockKernel, Route};
 
@@ -38,6 +37,7 @@ pub(crate) const SMMUV3: &[Denied] = &[
     (Ability::PageTables, "an SMMUv3 takes tables of context descriptors only"),
     (Ability::NarrowUntagged, "nothing is cached"),
     (Ability::TableFaults, NUMBERED),
+    (Ability::PageRequests, "Linux lets no PCI device ask for pages behind an SMMUv3"),
 ];
 
 /// What the mock as VT-d cannot.
@@ -49,6 +49,7 @@ pub(crate) const VTD: &[Denied] = &[
     (Ability::PasidTables, "the hardware never sees the guest's PASID table"),
     (Ability::Tags, "VT-d has no tag but the PASID"),
     (Ability::TableFaults, "the kernel tells no faults of VT-d"),
+    (Ability::PageRequests, "they are switched off: a mock does not say what it was answered"),
 ];
 
 /// A host with two endpoints, which are mocks.
@@ -65,15 +66,25 @@ pub(crate) struct Mocks {
     pub(crate) free: Vec<u32>,
     /// What tables of the endpoints may be.
     pub(crate) caps: TableCaps,
-    map: GuestMemoryMmap,
+    pub(crate) map: GuestMemoryMmap,
     cannot: &'static [Denied],
 }
 
 impl Mocks {
+    /// On VT-d with page requests, which the mock has whatever it is attached to.
     pub(crate) fn new(flavour: Flavour) -> Self {
+        Self::with(flavour, flavour == Flavour::Vtd)
+    }
+
+    /// Whose accesses do not wait. For the suite of hosts: a mock does not say what it was answered.
+    pub(crate) fn impatient(flavour: Flavour) -> Self {
+        Self::with(flavour, false)
+    }
+
+    fn with(flavour: Flavour, asks: bool) -> Self {
         let kernel = Arc::new(MockKernel::open());
         let devices = [flavour; 2].map(|flavour| kernel.add_device(flavour));
-        let map = guest_memory();
+        let map = memory(MEMORY);
         let memory = Alloc::new(&Memory::over(map.clone()));
         let free = kernel.free_numbers();
         let cannot = match flavour {
@@ -82,7 +93,8 @@ impl Mocks {
         };
         let mut host = IommufdHost::new(Arc::clone(&kernel), &map).expect("a host");
         for (endpoint, id) in ENDPOINTS.into_iter().zip(devices) {
-            host.add_endpoint(endpoint, plain(id)).expect("an endpoint");
+            host.add_endpoint(endpoint, Device { ats: asks, pri: asks, ..plain(id) }).expect("an endpoint");
+            assert_eq!(host.caps(endpoint).unwrap().page_requests, asks);
         }
         let caps = host.caps(ENDPOINTS[0]).unwrap().tables.clone().expect("an IOMMU that takes tables");
         Self { host: Some(host), kernel, memory, devices, free, caps, map, cannot }
@@ -187,13 +199,5 @@ impl HostUnderTest for Mocks {
 
 /// A device without ATS, stalls and reserved regions.
 pub(crate) fn plain(id: DeviceId) -> Device {
-    Device { id, reserved: vec![], may_stall: false, ats: false }
-}
-
-/// Guest memory in a memfd, so that the kernel maps it by its file.
-fn guest_memory() -> GuestMemoryMmap {
-    let file = File::from(memfd_create(c"guest memory", MFdFlags::MFD_CLOEXEC).unwrap());
-    file.set_len(MEMORY as u64).unwrap();
-    let region = (GuestAddress(Memory::BASE), MEMORY, Some(FileOffset::new(file, 0)));
-    GuestMemoryMmap::from_ranges_with_files([region]).unwrap()
+    Device { id, reserved: vec![], may_stall: false, ats: false, pri: false }
 }

@@ -1,23 +1,19 @@
 //! The lab's devices, and guest memory that they reach.
 
-use std::collections::BTreeSet;
-use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nix::sys::memfd::{MFdFlags, memfd_create};
 use pgtable_formats::Iova;
 use viommu_device::host::{FaultReport, Host};
 use viommu_host_iommufd::engine::{DmaError, Engine};
 use viommu_host_iommufd::kernel::DeviceId;
 use viommu_host_iommufd::sysfs::{Bdf, Root, reserved_regions};
 use viommu_host_iommufd::{Device, IommufdHost};
-use viommu_tests::host_suite::{Ability, Check, HostUnderTest, run};
 use viommu_tests::rig::Memory;
 use viommu_wire::EndpointId;
-use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::kernel::Kernel;
 
@@ -38,20 +34,20 @@ pub(crate) struct Devices {
 }
 
 impl Devices {
-    /// Takes the devices that these variables name, and makes a host with both of them as endpoints.
-    pub(crate) fn take(variables: [&str; 2]) -> (Self, IommufdHost<Kernel>) {
+    /// Takes the devices that these variables name, and makes a host with both of them as endpoints of this memory.
+    pub(crate) fn take(variables: [&str; 2], guest: Memory) -> (Self, IommufdHost<Kernel>) {
         let names = variables.map(|variable| {
             std::env::var(variable).unwrap_or_else(|_| panic!("{variable} names a device, in the lab"))
         });
         let kernel = Arc::new(Kernel::open());
-        let guest = Memory::over(memory());
         let mut host = IommufdHost::new(Arc::clone(&kernel), guest.map()).unwrap();
         let bound = names.map(|name| {
             let bdf: Bdf = name.parse().unwrap();
             let id = kernel.take(&Path::new("/sys/bus/pci/devices").join(&name));
             let reserved = reserved_regions(&Root::here(), bdf).unwrap();
             let endpoint = EndpointId(bdf.requester.into());
-            host.add_endpoint(endpoint, Device { id, reserved, may_stall: false, ats: false }).unwrap();
+            host.add_endpoint(endpoint, Device { id, reserved, may_stall: false, ats: false, pri: false })
+                .unwrap();
             (endpoint, id, kernel.engine(id))
         });
         let endpoints = bound.each_ref().map(|(endpoint, ..)| *endpoint);
@@ -109,14 +105,6 @@ impl Devices {
     }
 }
 
-/// A memfd.
-fn memory() -> GuestMemoryMmap {
-    let file = File::from(memfd_create(c"guest memory", MFdFlags::MFD_CLOEXEC).unwrap());
-    file.set_len(MEMORY as u64).unwrap();
-    let region = (GuestAddress(Memory::BASE), MEMORY, Some(FileOffset::new(file, 0)));
-    GuestMemoryMmap::from_ranges_with_files([region]).unwrap()
-}
-
 /// The next fault that the kernel tells, waiting for it.
 pub(crate) fn next_fault(host: &mut impl Host) -> Option<FaultReport> {
     let start = Instant::now();
@@ -132,17 +120,4 @@ pub(crate) fn next_fault(host: &mut impl Host) -> Option<FaultReport> {
 /// Forgets what was told.
 pub(crate) fn forget_faults(host: &mut impl Host) {
     while host.next_fault().is_some() {}
-}
-
-/// Runs one check of the suite, and compares what it left out.
-pub(crate) fn check<T: HostUnderTest>(
-    name: &'static str,
-    check: Check<T>,
-    test: &mut T,
-    expected: impl Fn(&str) -> Vec<Ability>,
-) {
-    let start = Instant::now();
-    let skipped = run(name, check, test);
-    println!("{name}: {:.1?}", start.elapsed());
-    assert_eq!(skipped, BTreeSet::from_iter(expected(name)), "what {name} leaves out");
 }

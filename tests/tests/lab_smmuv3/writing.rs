@@ -1,105 +1,73 @@
-//! The suite of hosts with two `iommu-testdev`, which write, at once, and are told of a refusal.
+//! The suite of hosts with two `iommu-testdev`, which write, at once, and are told of a refusal: the host as it is, and
+//! with mediation.
 
 use std::sync::LazyLock;
 
 use pgtable_formats::AccessKind;
-use viommu_device::host::{FaultReport, Stream};
+use viommu_device::mediated::Mediated;
 use viommu_host_iommufd::IommufdHost;
-use viommu_tests::host_suite::iommufd::EMULATED;
+use viommu_queue::GuestTables;
+use viommu_tests::host_suite::cells::{self, Entry, Hardware, Machine};
+use viommu_tests::host_suite::iommufd::{EMULATED, EMULATED_MEDIATED};
 use viommu_tests::host_suite::{Ability, Check, Denied, HostUnderTest};
-use viommu_tests::rig::{Alloc, Memory};
-use viommu_wire::EndpointId;
 
-use super::devices::{self, Devices, forget_faults, next_fault};
+use super::devices::Devices;
 use super::kernel::Kernel;
+use super::rig::{Drive, Rig, check};
 
-static CANNOT: LazyLock<Vec<Denied>> =
-    LazyLock::new(|| [EMULATED, &[(Ability::Reads, "iommu-testdev writes and does not read")]].concat());
+type Native = Rig<Writers, IommufdHost<Kernel>>;
+type OverMediation = Rig<Writers, Mediated<IommufdHost<Kernel>, GuestTables>>;
 
-struct Writers {
-    host: IommufdHost<Kernel>,
-    alloc: Alloc,
-    devices: Devices,
-}
+struct Writers;
 
-impl Writers {
-    fn new() -> Self {
-        let (devices, host) = Devices::take(["TESTDEV0", "TESTDEV1"]);
-        Self { host, alloc: Alloc::new(&devices.guest), devices }
-    }
-}
+impl Drive for Writers {
+    const DEVICES: [&str; 2] = ["TESTDEV0", "TESTDEV1"];
+    const SHOWS_STALE: bool = true;
 
-impl HostUnderTest for Writers {
-    type Host = IommufdHost<Kernel>;
-    type Memory = Alloc;
-
-    fn host(&mut self) -> &mut Self::Host {
-        &mut self.host
-    }
-
-    fn memory(&mut self) -> &mut Alloc {
-        &mut self.alloc
-    }
-
-    fn endpoints(&self) -> [EndpointId; 2] {
-        self.devices.endpoints
+    fn new(_: &Devices) -> Self {
+        Self
     }
 
     /// One byte is written, and looked for in all data.
-    fn access(&mut self, stream: Stream, iova: u64, kind: AccessKind) -> Option<u64> {
-        assert_eq!((stream.pasid, kind), (None, AccessKind::Write));
-        forget_faults(&mut self.host);
-        self.devices.write(self.devices.index(stream.endpoint), iova)
-    }
-
-    fn told(&mut self) -> Option<FaultReport> {
-        next_fault(&mut self.host)
-    }
-
-    fn page(&self, number: u64) -> u64 {
-        Memory::page(number).0
-    }
-
-    fn shows_stale(&self) -> bool {
-        true
-    }
-
-    fn cannot(&self) -> &'static [Denied] {
-        &CANNOT
+    fn access(&mut self, devices: &mut Devices, index: usize, iova: u64, kind: AccessKind) -> Option<u64> {
+        assert_eq!(kind, AccessKind::Write);
+        devices.write(index, iova)
     }
 }
 
-fn in_the_lab(name: &'static str, check: Check<Writers>) {
-    devices::check(name, check, &mut Writers::new(), left_out);
+const READS: Denied = (Ability::Reads, "iommu-testdev writes and does not read");
+static CANNOT: LazyLock<Vec<Denied>> = LazyLock::new(|| [EMULATED, &[READS]].concat());
+static CANNOT_MEDIATED: LazyLock<Vec<Denied>> = LazyLock::new(|| [EMULATED_MEDIATED, &[READS]].concat());
+
+mod native {
+    use super::{CANNOT, Check, Native, prove};
+
+    fn prove_native(name: &'static str, check: Check<Native>) {
+        prove(name, check, &mut Native::native(&CANNOT), false);
+    }
+
+    viommu_tests::host_suite!(
+        #[ignore = "needs the lab: tests/lab/run"]
+        prove_native
+    );
 }
 
-viommu_tests::host_suite!(
-    #[ignore = "needs the lab: tests/lab/run"]
-    in_the_lab
-);
+mod mediated {
+    use super::{CANNOT_MEDIATED, Check, OverMediation, prove};
 
-/// What each check leaves out.
-fn left_out(check: &str) -> Vec<Ability> {
-    use Ability::{BypassBeyondMemory, MappingFaults, PageTables, Pasids, Reads, UnboundFaults, WriteOnly};
-    match check {
-        "unbound_streams_fault" => vec![Reads, Pasids],
-        "identity_leads_where_it_says" => vec![BypassBeyondMemory, Reads, Pasids],
-        "mappings_translate_and_permit" => vec![Reads, Pasids],
-        "write_only_mappings" => vec![WriteOnly],
-        "unmap_takes_effect_at_once" | "bind_replaces_in_one_step" | "what_is_denied_is_refused" => {
-            vec![Reads]
-        }
-        "faults_are_told" => vec![UnboundFaults, MappingFaults],
-        "a_table_outside_memory_is_refused"
-        | "single_tables_serve_one_pasid"
-        | "single_tables_are_stale_until_invalidated" => vec![PageTables],
-        "faults_of_tables_are_told" => vec![Reads, Pasids],
-        "tables_serve_pasids"
-        | "stale_until_invalidated"
-        | "invalidation_by_range"
-        | "invalidation_of_contexts"
-        | "invalidation_by_tag"
-        | "rebinding_starts_clean" => vec![Pasids],
-        _ => vec![],
+    fn prove_mediated(name: &'static str, check: Check<OverMediation>) {
+        prove(name, check, &mut OverMediation::mediated(&CANNOT_MEDIATED), true);
     }
+
+    viommu_tests::host_suite!(
+        #[ignore = "needs the lab: tests/lab/run"]
+        prove_mediated
+    );
+}
+
+fn prove<T: HostUnderTest>(name: &'static str, work: Check<T>, test: &mut T, is_mediated: bool) {
+    let machine = Machine::Iommufd(cells::Kernel::Emulated);
+    let entry: &Entry = cells::entry(machine, Hardware::Smmuv3, is_mediated);
+    entry.takes(test);
+    check(name, work, test, &entry.left_out_of(name));
 }

@@ -2,7 +2,7 @@
 
 use super::super::layout::{self, Tables};
 use super::super::words::{cd, pasid_entry};
-use super::{Hints, Op, Source};
+use super::{Hints, Op, Source, le, le64};
 use crate::rig::Memory;
 
 /// Tables that hold together: what a run begins with, and then changes.
@@ -67,7 +67,7 @@ pub(super) fn write(source: &mut Source<'_, '_>, hints: &Hints) -> Op {
         }
         // All of a path at once, so that there is something to walk.
         12..14 => return link(source, tables),
-        14..18 if is_vtd => pasid_entry_at(source, tables),
+        14..18 if is_vtd => pasid_entry_at(source, hints, tables),
         14..18 => cd_at(source, tables),
         _ if is_vtd => {
             let directory = layout::DIRECTORIES + source.below(2) as u64 * layout::DIRECTORY_STEP;
@@ -89,6 +89,39 @@ pub(super) fn write(source: &mut Source<'_, '_>, hints: &Hints) -> Op {
         }
     };
     Op::Write { at, words }
+}
+
+/// Takes pages away, so that there is something to wait for.
+pub(super) fn unmap(source: &mut Source<'_, '_>, hints: &Hints) -> Op {
+    let recent = source.recent(hints);
+    let is_vtd = match recent {
+        Some((id, ..)) => hints.endpoints.contains(&(id, Some(true))),
+        None => source.below(2) == 1,
+    };
+    let tables = Tables::new(is_vtd, source.below(3) as u64);
+    Op::Write { at: tables.pages(0, 0), words: vec![0; 4] }
+}
+
+/// The descriptor of format 0x80: mostly a good one.
+pub(super) fn arm(source: &mut Source<'_, '_>, at: impl Fn(u64) -> u64) -> Vec<u8> {
+    // EPD1, IPS = 40 bits, write-back and inner shareable, T0SZ = 25.
+    let good = 25 | 1 << 8 | 1 << 10 | 3 << 12 | 1 << 23 | 2 << 32;
+    let tcr = match source.below(24) {
+        20 => good ^ 1 << source.below(64),
+        21 => good ^ 1 << source.below(64) ^ 1 << source.below(64),
+        // Sizes and granules.
+        22 => good & !0x3f | source.below(64) as u64 | (source.below(4) as u64) << 14,
+        // Both halves.
+        23 => good & !(1 << 23) | 25 << 16 | (source.below(4) as u64) << 30 | (source.below(8) as u64) << 32,
+        _ => good,
+    };
+    let odd = if source.one_in(30) { source.word() } else { 0 };
+    let (first, second) = (source.below(3) as u64, source.below(3) as u64);
+    let root = at(Tables::new(false, first).root) ^ odd & 0xfff;
+    let other = if source.one_in(4) { source.word() } else { Tables::new(false, second).root };
+    let pasid = source.pasid();
+    let asid = u32::from(source.asid());
+    [le(&[pasid, asid]), le64(&[tcr, root, other, 0xff])].concat()
 }
 
 /// A page or a block of 2 MiB, mostly a good one.
@@ -144,7 +177,7 @@ fn cd_at(source: &mut Source<'_, '_>, tables: Tables) -> (u64, Vec<u64>) {
     (at, words.to_vec())
 }
 
-fn pasid_entry_at(source: &mut Source<'_, '_>, tables: Tables) -> (u64, Vec<u64>) {
+fn pasid_entry_at(source: &mut Source<'_, '_>, hints: &Hints, tables: Tables) -> (u64, Vec<u64>) {
     let directory = layout::DIRECTORIES + source.below(2) as u64 * layout::DIRECTORY_STEP;
     let pasid = source.pick(&[0_u64, 0, 1, 2, 65]);
     let at = directory + layout::PASID_TABLES + (pasid >> 6) * 0x1_0000 + 64 * (pasid & 63);
@@ -153,6 +186,9 @@ fn pasid_entry_at(source: &mut Source<'_, '_>, tables: Tables) -> (u64, Vec<u64>
         match source.below(4) {
             0 => words = [0; 8],
             1 => words[source.below(8)] ^= 1 << source.below(64),
+            // The bypass of a machine serves the PASIDs that have nothing of their own, too: untagged accesses have none
+            // where the device makes their entry of it.
+            2 if hints.is_made && pasid == 0 => words[0] &= !0x1c0,
             2 => words[0] = words[0] & !0x1c0 | (source.below(8) as u64) << 6,
             _ => words[2] = source.pick(&[1 << 51, 1 << 40, layout::ZEROS, words[2] | 1 << 2]),
         }

@@ -3,36 +3,37 @@
 use pgtable_formats::IovaRange;
 use pgtable_formats::context::Canonical;
 use viommu_device::host::{
-    EndpointCaps, FaultReport, Host, HostError, Invalidation, MapError, SpaceSpec, Stopped, Stream,
-    TableCaps, TableKinds, UnmapError,
+    Answered, EndpointCaps, FaultReport, GroupResponse, Host, HostError, Invalidation, MapError,
+    PageRequestReport, SpaceSpec, Stopped, Stream, TableCaps, UnmapError,
 };
 use viommu_device::mapping::Mapping;
 use viommu_device::soft::{self, SoftHost};
 use viommu_queue::GuestTables;
-use viommu_tests::rig::{Memory, default_endpoints};
 use viommu_wire::EndpointId;
 
+use super::soft::native_kinds;
+use crate::rig::{Memory, default_endpoints};
+
 /// See the [module](self). Every call that can fail is counted, and one of them can be made to.
-pub(crate) struct Restricted {
-    pub(crate) inner: SoftHost<GuestTables>,
+pub struct Restricted {
+    /// The host that it restricts.
+    pub inner: SoftHost<GuestTables>,
     /// Calls so far.
-    pub(crate) calls: usize,
+    pub calls: usize,
     /// Which fail.
-    pub(crate) fails: Option<(usize, usize)>,
+    pub fails: Option<(usize, usize)>,
     /// Spaces that were made and not destroyed.
-    pub(crate) live: usize,
+    pub live: usize,
 }
 
 impl Restricted {
-    pub(crate) fn new(memory: &Memory) -> Self {
+    /// One over this memory, with the endpoints of the rig.
+    pub fn new(memory: &Memory) -> Self {
         let mut inner = SoftHost::new(memory.tables().clone());
         for (id, caps) in default_endpoints() {
-            let kinds = match caps.tables {
-                Some(TableCaps::Smmuv3(_)) => TableKinds::PASID_TABLE,
-                Some(TableCaps::Vtd(_)) => TableKinds::PAGE_TABLE,
-                None => TableKinds::empty(),
-            };
-            let caps = EndpointCaps { kinds, native: kinds, ..caps };
+            let kinds = native_kinds(&caps);
+            let page_requests = caps.tables.is_some();
+            let caps = EndpointCaps { kinds, native: kinds, page_requests, ..caps };
             inner.add_endpoint(EndpointId(id), caps).expect("an endpoint");
         }
         Self { inner, calls: 0, fails: None, live: 0 }
@@ -107,5 +108,13 @@ impl Host for Restricted {
 
     fn next_fault(&mut self) -> Option<FaultReport> {
         self.inner.next_fault()
+    }
+
+    fn next_page_request(&mut self) -> Option<PageRequestReport> {
+        self.inner.next_page_request()
+    }
+
+    fn respond(&mut self, response: &GroupResponse) -> Result<Answered, HostError> {
+        self.inner.respond(response)
     }
 }
