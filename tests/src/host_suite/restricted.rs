@@ -14,7 +14,7 @@ use viommu_wire::EndpointId;
 use super::soft::native_kinds;
 use crate::rig::{Memory, default_endpoints};
 
-/// See the [module](self). Every call that can fail is counted, and one of them can be made to.
+/// A software host, with less of what it can do. Every call that can fail is counted, and one of them can be made to.
 pub struct Restricted {
     /// The host that it restricts.
     pub inner: SoftHost<GuestTables>,
